@@ -1,0 +1,1 @@
+"""Ready-made configurations, found by name: `ranktuner train --config=NAME`."""

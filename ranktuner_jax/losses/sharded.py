@@ -1,0 +1,178 @@
+"""The fused loss over a device mesh: batch axes, FSDP and a split vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from ranktuner_jax.losses.fused import local_weighted_nll
+from ranktuner_jax.losses.sums import LossOutput
+from ranktuner_jax.losses.varying import mark_varying
+from ranktuner_jax.losses.weights import RankTuner, Weighting
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
+__all__ = ["sharded_weighted_nll"]
+
+
+def sharded_weighted_nll(
+    mesh: Mesh,
+    *,
+    batch_axes: str | tuple[str, ...],
+    vocab_axis: str | None = None,
+    unembed_spec: PartitionSpec | None = None,
+    weighting: Weighting = RankTuner(),  # noqa: B008 (frozen)
+    chunk_size: int | None = None,
+    logit_cap: float | None = None,
+    vocab_size: int | None = None,
+) -> Callable[..., LossOutput]:
+    """A `fused_weighted_nll` over a mesh, whose sums are those of the global batch.
+
+    Each device computes its own supervised tokens. Over `batch_axes` only the sums
+    travel, and the gradient of the unembedding. With a `vocab_axis` each device
+    projects onto its rows of the vocabulary: the maximum, the sums behind
+    normaliser, entropy and rank, and the label's logit travel, which is tokens × a
+    constant, whatever V is. Axes of the mesh that are named in `unembed_spec` but are
+    not the `vocab_axis` (FSDP) are gathered before the loop, and their gradient is
+    scattered back after it.
+
+    The result may be differentiated from outside (`jax.grad` of the `total` or the
+    `mean()`): gradients come out summed over devices, in the sharding of the inputs.
+
+    Args:
+      mesh: The device mesh.
+      batch_axes: Mesh axis or axes over which the leading axis of hidden, labels and
+        mask is split.
+      vocab_axis: Mesh axis over which the rows of `unembed` are split; None: whole.
+      unembed_spec: How `unembed` [V, D] lies on the mesh. None: its rows over
+        `vocab_axis` and nothing else.
+      weighting: The method.
+      chunk_size: As in `fused_weighted_nll`, tokens of one device.
+      logit_cap: As in `fused_weighted_nll`.
+      vocab_size: The number of real vocabulary entries; rows of the global `unembed`
+        beyond it are padding.
+
+    Returns:
+      `f(hidden, unembed, labels, mask=None, *, token_weights=None, sequence_ids=None,
+      ramp=1.0) -> LossOutput` on global arrays, to be called under `jit`. Ids of
+      `sequence_ids` need to differ within a device only.
+
+    Raises:
+      ValueError: If an axis is not in the mesh, or `unembed_spec` splits the rows
+        otherwise than over `vocab_axis` first.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> auto = (jax.sharding.AxisType.Auto,) * 2
+      >>> mesh = jax.make_mesh((1, 1), ("data", "tensor"), axis_types=auto)
+      >>> loss = sharded_weighted_nll(mesh, batch_axes="data", vocab_axis="tensor")
+      >>> output = jax.jit(loss)(jnp.eye(3, 4), jnp.eye(5, 4), jnp.array([0, 1, 3]))
+      >>> round(float(output.mean()), 3)
+      0.371
+    """
+    batch_axes = (batch_axes,) if isinstance(batch_axes, str) else tuple(batch_axes)
+    if unembed_spec is None:
+        unembed_spec = PartitionSpec(vocab_axis)
+    _check_axes(mesh, batch_axes, vocab_axis, unembed_spec)
+    tokens = PartitionSpec(batch_axes)
+
+    def loss(
+        hidden: Float[Array, "B ... D"],
+        unembed: Float[Array, "V D"],
+        labels: Array,
+        mask: Array | None = None,
+        *,
+        token_weights: Array | None = None,
+        sequence_ids: Array | None = None,
+        ramp: float | Float[Array, ""] = 1.0,
+    ) -> LossOutput:
+        def local(
+            hidden: Array,
+            unembed: Array,
+            ramp: float | Array,
+            per_token: dict[str, Any],
+        ) -> LossOutput:
+            # Marked before the gather, its gradient is scattered before it is summed over
+            # the remaining batch axes: the sum then moves one shard, not the whole.
+            unembed = mark_varying(unembed, batch_axes)
+            output = local_weighted_nll(
+                hidden,
+                _gather_rows(unembed, unembed_spec, vocab_axis),
+                weighting=weighting,
+                chunk_size=chunk_size,
+                logit_cap=logit_cap,
+                bias=None,
+                vocab_size=vocab_size,
+                ramp=ramp,
+                axis_name=batch_axes,
+                vocab_axis=vocab_axis,
+                **per_token,
+            )
+            return output.psum(batch_axes)
+
+        per_token = {
+            "labels": labels,
+            "mask": mask,
+            "token_weights": token_weights,
+            "sequence_ids": sequence_ids,
+        }
+        mapped = jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(tokens, unembed_spec, PartitionSpec(), tokens),
+            out_specs=PartitionSpec(),
+        )
+        return mapped(hidden, unembed, ramp, per_token)
+
+    return loss
+
+
+def _gather_rows(
+    unembed: Float[Array, "v d"], spec: PartitionSpec, vocab_axis: str | None
+) -> Float[Array, "V D"]:
+    """The rows of this device's part of the vocabulary, gathered over all other axes."""
+    for dimension, names in enumerate(spec):
+        for name in reversed(_names(names)):
+            if name != vocab_axis:
+                unembed = lax.all_gather(unembed, name, axis=dimension, tiled=True)
+    return unembed
+
+
+def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    if entry is None:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _check_axes(
+    mesh: Mesh,
+    batch_axes: tuple[str, ...],
+    vocab_axis: str | None,
+    unembed_spec: PartitionSpec,
+) -> None:
+    spec_axes = [name for entry in unembed_spec for name in _names(entry)]
+    used = {*batch_axes, *spec_axes, *_names(vocab_axis)}
+    if missing := used - set(mesh.axis_names):
+        raise ValueError(
+            f"axes must be among those of the mesh {mesh.axis_names}: got {sorted(missing)}."
+        )
+    if vocab_axis in batch_axes:
+        raise ValueError(
+            f"vocab_axis must not be a batch axis, since its devices share the tokens: "
+            f"got vocab_axis {vocab_axis!r}, batch_axes {batch_axes}."
+        )
+    rows = _names(unembed_spec[0]) if len(unembed_spec) else ()
+    if vocab_axis is not None and rows[:1] != (vocab_axis,):
+        raise ValueError(
+            f"unembed_spec must split the rows over vocab_axis {vocab_axis!r} first: "
+            f"got {unembed_spec}."
+        )
+    if stray := set(spec_axes) - set(batch_axes) - {vocab_axis}:
+        raise ValueError(
+            f"unembed_spec may name vocab_axis and batch axes only: got {sorted(stray)}."
+        )

@@ -1,0 +1,314 @@
+"""The fused loss against the dense one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ranktuner_jax import losses
+from tests import oracles
+from tests.losses.problems import (
+    METHODS,
+    Problem,
+    assert_same_gradients,
+    assert_same_sums,
+    make_problem,
+    make_weighting,
+    method_id,
+)
+from tests.tolerances import BF16_GRADIENT, EXACT_SCALE, EXPECTED_RANK, F64, LARGE_VOCAB_GRADIENT
+
+PROBLEM = make_problem(3, 12)
+LONG = make_problem(2, 75, seed=3)
+
+
+def dense(hidden, unembed, labels, mask, *, bias=None, logit_cap=None, **options):
+    logits = jnp.einsum(
+        "...d,vd->...v", hidden, unembed.astype(hidden.dtype), preferred_element_type=jnp.float32
+    )
+    if bias is not None:
+        logits += jnp.expand_dims(bias, range(labels.ndim))
+    if logit_cap is not None:
+        logits = logit_cap * jnp.tanh(logits / logit_cap)
+    return losses.weighted_nll(logits, labels, mask, **options)
+
+
+def both(problem, *, bias=None, chunk_size=None, **options):
+    """(LossOutput, gradients) of the fused loss and of the dense one."""
+
+    def run(loss, **chunks):
+        def total(matrices):
+            hidden, unembed, *rest = matrices
+            output = loss(
+                hidden,
+                unembed,
+                problem.labels,
+                problem.mask,
+                bias=rest[0] if rest else None,
+                **options,
+                **chunks,
+            )
+            return output.total, output
+
+        matrices = [problem.hidden, problem.unembed, *([] if bias is None else [bias])]
+        (_, output), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(
+            [jnp.asarray(x) for x in matrices]
+        )
+        return output, grads
+
+    return run(losses.fused_weighted_nll, chunk_size=chunk_size), run(dense)
+
+
+def assert_fused_is_dense(problem, gradient_tolerance=None, **options):
+    (output, grads), (expected, expected_grads) = both(problem, **options)
+    assert_same_sums(output, expected)
+    assert [g.dtype for g in grads] == [g.dtype for g in expected_grads]
+    assert_same_gradients(
+        [g.astype(jnp.float32) for g in grads],
+        [g.astype(jnp.float32) for g in expected_grads],
+        **(gradient_tolerance or {}),
+    )
+
+
+@pytest.mark.parametrize(
+    "method", [m for m in METHODS if "exact" not in method_id(m)], ids=method_id
+)
+def test_fused_matches_dense(method):
+    assert_fused_is_dense(PROBLEM, weighting=make_weighting(method), chunk_size=7)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 5, 36, 1000, None])
+def test_any_chunk_size(chunk_size):
+    assert_fused_is_dense(PROBLEM, chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("chunk_size", [64, 67, 149, 1000])
+def test_remainders_run_in_quarter_chunks(chunk_size):
+    assert_fused_is_dense(LONG, chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("rows", [2049, 4992, 4999])
+def test_padding_rows_and_overlapping_tiles_count_for_nothing(rows, rng):
+    problem = make_problem(2, 4, features=8, vocab=rows, seed=2)
+    assert_fused_is_dense(problem, weighting=losses.DEFT())
+    padded = Problem(problem.hidden, problem.unembed.copy(), problem.labels, problem.mask)
+    padded.unembed[rows - 11 :] = 8  # would win most ranks
+    padded.labels[...] = padded.labels % (rows - 11)
+    assert_fused_is_dense(padded, weighting=losses.EAFT(), vocab_size=rows - 11)
+
+
+def test_vocabulary_of_151936():
+    problem = make_problem(2, 3, features=8, vocab=151_936, seed=6)
+    assert_fused_is_dense(problem, LARGE_VOCAB_GRADIENT, chunk_size=4)
+
+
+def test_bias_cap_token_weights_and_ramp_together(rng):
+    assert_fused_is_dense(
+        PROBLEM,
+        chunk_size=7,
+        bias=(rng.integers(-16, 16, 53) / 8).astype(np.float32),
+        logit_cap=30.0,
+        token_weights=jnp.asarray(rng.uniform(0, 2, (3, 12)), jnp.float32),
+        ramp=jnp.float32(0.3),
+    )
+
+
+def test_talr_takes_sequences_from_ids(rng):
+    ids = rng.choice([-7, 3, 4, 900], (3, 12)).astype(np.int32)
+    assert_fused_is_dense(PROBLEM, chunk_size=7, weighting=losses.TALR(), sequence_ids=ids)
+
+
+def test_bf16_hidden_with_float32_unembed():
+    hidden = jnp.asarray(PROBLEM.hidden, jnp.bfloat16)
+    problem = Problem(hidden, PROBLEM.unembed, PROBLEM.labels, PROBLEM.mask)
+    assert_fused_is_dense(problem, BF16_GRADIENT, chunk_size=7)
+
+
+def test_float64_stays_float64():
+    with jax.enable_x64(True):
+        arrays = [x.astype(np.float64) for x in (LONG.hidden, LONG.unembed)]
+        (output, grads), _ = (
+            run for run in both(Problem(*arrays, LONG.labels, LONG.mask), chunk_size=64)
+        )
+        assert {x.dtype for x in jax.tree.leaves((output, grads))} == {np.dtype("float64")}
+        expected = oracles.weighted_nll(LONG.logits, LONG.labels, LONG.mask)
+        assert_same_sums(output, expected, **F64)
+
+
+def test_nothing_supervised_is_zero_with_zero_gradients():
+    def mean(hidden, unembed):
+        return losses.fused_weighted_nll(
+            hidden, unembed, PROBLEM.labels, jnp.zeros((3, 12), bool), chunk_size=7
+        ).mean()
+
+    value, grads = jax.value_and_grad(mean, argnums=(0, 1))(PROBLEM.hidden, PROBLEM.unembed)
+    assert value == 0
+    for grad in grads:
+        np.testing.assert_array_equal(grad, 0)
+
+
+def test_nan_comes_out_where_supervised_only():
+    grad = jax.jit(
+        jax.value_and_grad(
+            lambda h, labels: (
+                losses.fused_weighted_nll(
+                    h, PROBLEM.unembed, labels, PROBLEM.mask, chunk_size=7
+                ).total
+            )
+        )
+    )
+    clean = grad(PROBLEM.hidden, PROBLEM.labels)
+    masked = np.where(PROBLEM.mask[..., None], PROBLEM.hidden, np.float32(np.nan))
+    ignored = np.where(PROBLEM.mask, PROBLEM.labels, -100).astype(np.int32)
+    jax.tree.map(np.testing.assert_array_equal, grad(masked, ignored), clean)
+    poisoned = PROBLEM.hidden.copy()
+    poisoned[0, 0, 3] = np.nan
+    assert np.isnan(grad(poisoned, PROBLEM.labels)[0])
+    for label in (-1, 53, 4000):
+        labels = PROBLEM.labels.copy()
+        labels[0, 0] = label
+        assert np.isnan(grad(PROBLEM.hidden, labels)[0])
+
+
+def test_huge_and_impossible_logits():
+    rng = np.random.default_rng(5)
+    logits = rng.choice([-1e4, 0.0, 1e4], (6, 19)).astype(np.float32)
+    bias = np.where(np.arange(19) == 7, -np.inf, 0).astype(np.float32)
+    labels = np.array([0, 1, 2, 3, 4, 5], np.int32)
+    stats = losses.fused_token_stats(jnp.eye(6), logits.T, labels, bias=bias, chunk_size=4)
+    whole = losses.token_stats(logits + bias[None], labels)
+    np.testing.assert_allclose(stats.nll, whole.nll, rtol=1e-6)
+    np.testing.assert_array_equal(stats.rank, whole.rank)
+    np.testing.assert_allclose(stats.entropy, whole.entropy, rtol=1e-5, atol=1e-6)
+
+
+def distributions(kind, seed, vocab=4999):
+    """Four rows of adversarial logits."""
+    rng = np.random.default_rng(seed)
+    size = rng.choice([1e-3, 0.05, 1.0, 8.0, 41.9, 1e4], (4, 1))
+    zipf = -np.log(np.arange(1, vocab + 1))[None] * rng.uniform(0.2, 3, (4, 1))
+    table = {
+        "uniform": lambda: np.zeros((4, vocab)),
+        "one-hot": lambda: (np.arange(vocab) == rng.integers(0, vocab, (4, 1))) * size,
+        "two-level": lambda: (rng.random((4, vocab)) < rng.random((4, 1))) * size,
+        "zipf": lambda: rng.permuted(zipf, axis=1),
+        "ties": lambda: np.round(rng.normal(size=(4, vocab)) * 2) / 2,
+        "slope": lambda: -np.arange(vocab)[None] * size / 50,
+        "edges": lambda: -rng.integers(0, 2000, (4, vocab)) * 42 / 6144,
+    }
+    return (table[kind]() + rng.choice([0, -1e3, 1e3])).astype(np.float32)
+
+
+@jax.jit
+def fused_scale(logits, labels):
+    stats = losses.fused_token_stats(
+        jnp.eye(4), logits.T, labels, fields=("expected_rank",), chunk_size=4
+    )
+    return stats.expected_rank, losses.RankTuner(base="one", scale="exact")(stats)
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(
+    kind=st.sampled_from(["uniform", "one-hot", "two-level", "zipf", "ties", "slope", "edges"]),
+    seed=st.integers(0, 2**31),
+)
+def test_expected_rank_without_a_sort_is_within_its_bound(kind, seed):
+    logits = distributions(kind, seed)
+    labels = np.random.default_rng(seed).integers(0, 4999, 4).astype(np.int32)
+    rank, scale = fused_scale(logits, labels)
+    tokens = [oracles.token(z, y) for z, y in zip(logits, labels, strict=True)]
+    expected = np.array([t.expected_rank for t in tokens])
+    np.testing.assert_allclose(rank - 1, expected - 1, **EXPECTED_RANK)
+    np.testing.assert_allclose(
+        scale, [oracles.relative_scale(t, "exact") for t in tokens], **EXACT_SCALE
+    )
+
+
+@pytest.mark.parametrize("chunk_size", [7, 1000])
+def test_token_stats_match_dense(chunk_size):
+    fields = ("topk_entropy", "collision", "expected_rank")
+    stats = losses.fused_token_stats(*LONG.inputs, fields=fields, chunk_size=chunk_size)
+    whole = losses.token_stats(LONG.logits, LONG.labels, fields)
+    for name in ("nll", "rank", "entropy", "max_prob", *fields):
+        close = {"rtol": 4e-3} if name == "expected_rank" else {"rtol": 2e-5, "atol": 2e-6}
+        expected = np.where(LONG.mask, getattr(whole, name), 0)
+        np.testing.assert_allclose(getattr(stats, name), expected, **close, err_msg=name)
+
+
+def test_jit_traces_once():
+    traces = []
+
+    @jax.jit
+    def total(hidden, mask, ramp):
+        traces.append(1)
+        return losses.fused_weighted_nll(
+            hidden, PROBLEM.unembed, PROBLEM.labels, mask, weighting=losses.RankTuner(), ramp=ramp
+        ).total
+
+    for seed in range(3):
+        mask = np.random.default_rng(seed).random((3, 12)) < 0.3 * seed
+        total(PROBLEM.hidden, mask, jnp.float32(seed))
+    assert len(traces) == 1
+
+
+def test_matmuls_are_one_two_and_three():
+    problem = make_problem(4, 12, features=32, vocab=96)
+
+    def loss(hidden, unembed):
+        return losses.fused_weighted_nll(
+            hidden, unembed, problem.labels, problem.mask, chunk_size=16
+        ).total
+
+    for function, matmuls in (
+        (loss, 1),
+        (jax.grad(loss), 2),
+        (jax.grad(loss, argnums=(0, 1)), 3),
+    ):
+        text = jax.jit(function).lower(problem.hidden, problem.unembed).compile().as_text()
+        assert text.count(" dot(") == matmuls
+
+
+def test_memory_is_a_fraction_of_dense():
+    problem = make_problem(4, 128, vocab=1024)
+
+    def temporaries(loss):
+        grad = jax.grad(lambda h, u: loss(h, u, problem.labels, problem.mask).total, (0, 1))
+        compiled = jax.jit(grad).lower(problem.hidden, problem.unembed).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    fused = temporaries(lambda *a: losses.fused_weighted_nll(*a, chunk_size=32))
+    assert fused < temporaries(dense) / 4
+
+
+def small_model(params, inputs):
+    return jnp.tanh(inputs @ params["w"])
+
+
+def model_loss(params, inputs, labels, mask, loss=losses.fused_weighted_nll, **options):
+    return loss(small_model(params, inputs), params["unembed"], labels, mask, **options).total
+
+
+def test_gradients_of_a_model_under_checkpoint_scan_and_vmap():
+    params = {"w": np.eye(16, dtype=np.float32), "unembed": PROBLEM.unembed}
+    params = jax.tree.map(jnp.asarray, params)
+    batch = [jnp.asarray(x) for x in (PROBLEM.hidden, PROBLEM.labels, PROBLEM.mask)]
+    expected = jax.grad(model_loss)(params, *batch, loss=dense)
+
+    def fused(params, *batch):
+        return model_loss(params, *batch, chunk_size=7)
+
+    assert_same_gradients(jax.jit(jax.grad(fused))(params, *batch), expected)
+    assert_same_gradients(jax.jit(jax.grad(jax.checkpoint(fused)))(params, *batch), expected)
+
+    @jax.jit
+    def by_micro_batches(params):
+        def step(total, batch):
+            return jax.tree.map(jnp.add, total, jax.grad(fused)(params, *batch)), None
+
+        return jax.lax.scan(step, jax.tree.map(jnp.zeros_like, params), batch)[0]
+
+    assert_same_gradients(by_micro_batches(params), expected)
+    each = jax.jit(jax.vmap(jax.grad(fused), in_axes=(None, 0, 0, 0)))(params, *batch)
+    assert_same_gradients(jax.tree.map(lambda g: g.sum(0), each), expected)

@@ -1,0 +1,159 @@
+"""Causal attention within segments, by whichever kernel the device has."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from ranktuner_jax.models import partition
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
+
+__all__ = ["IMPLEMENTATIONS", "Places", "attend", "choose_implementation"]
+
+IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")
+
+_SPLASH_BLOCK = 128  # The kernel's rows come in multiples of a TPU's lanes.
+_SPLASH_BLOCKS = (
+    *("block_q", "block_kv", "block_kv_compute"),
+    *("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute"),
+    *("block_q_dq", "block_kv_dq"),
+)
+
+
+class Places(NamedTuple):
+    """Where tokens stand: position in their conversation, and which conversation."""
+
+    positions: Int[Array, "B T"]
+    segment_ids: Int[Array, "B T"]
+
+
+def choose_implementation(
+    requested: str, *, length: int, dtype: jnp.dtype, mesh: Mesh | None
+) -> str:
+    """The kernel that runs for rows of `length` tokens on the mesh's devices.
+
+    `auto` takes Pallas splash attention on TPU when `length` is a multiple of 128,
+    cuDNN on GPU for 16-bit types, and XLA's own fusion otherwise.
+
+    Raises:
+      ValueError: If `requested` is unknown, or splash attention cannot run these rows.
+
+    Example:
+      >>> choose_implementation("auto", length=64, dtype=jnp.float32, mesh=None)
+      'xla'
+    """
+    if requested not in IMPLEMENTATIONS:
+        raise ValueError(f"attention must be one of {IMPLEMENTATIONS}, got {requested!r}")
+    if requested == "splash" and length % _SPLASH_BLOCK:
+        raise ValueError(
+            f"splash attention needs rows of a multiple of {_SPLASH_BLOCK} tokens, got {length}; "
+            "pad the rows or pass attention='auto'"
+        )
+    if requested != "auto":
+        return requested
+    # A mesh may be of devices that this process only compiles for.
+    platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
+    if platform == "tpu" and length % _SPLASH_BLOCK == 0:
+        return "splash"
+    if platform in ("gpu", "cuda") and jnp.dtype(dtype).itemsize == 2:
+        return "cudnn"
+    return "xla"
+
+
+def attend(
+    q: Float[Array, "B T H d"],
+    k: Float[Array, "B S K d"],
+    v: Float[Array, "B S K d"],
+    queries: Places,
+    keys: Places,
+    *,
+    window: int | None,
+    implementation: str,
+    mesh: Mesh | None = None,
+) -> Float[Array, "B T H d"]:
+    """Each query sees the keys of its own segment, at most `window` positions back.
+
+    `splash` needs `queries` and `keys` to be the same tokens, in the order of their
+    positions within each segment; `xla` and `cudnn` go by the positions given.
+
+    Example:
+      >>> x = jnp.ones((1, 3, 1, 4))
+      >>> places = Places(jnp.array([[0, 1, 0]]), jnp.array([[1, 1, 2]]))
+      >>> attend(x, x, x, places, places, window=None, implementation="xla").shape
+      (1, 3, 1, 4)
+    """
+    if implementation == "splash":
+        return _splash(q, k, v, queries.segment_ids, window, mesh)
+    mask = _mask(queries, keys, window)
+    if implementation == "cudnn":
+        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
+    return _xla(q, k, v, mask)
+
+
+def _mask(queries: Places, keys: Places, window: int | None) -> Array:
+    distance = queries.positions[:, :, None] - keys.positions[:, None, :]
+    mask = (queries.segment_ids[:, :, None] == keys.segment_ids[:, None, :]) & (distance >= 0)
+    return mask if window is None else mask & (distance < window)
+
+
+def _xla(q: Array, k: Array, v: Array, mask: Array) -> Array:
+    batch, length, heads, dim = q.shape
+    grouped = q.reshape(batch, length, k.shape[2], heads // k.shape[2], dim)
+    # Axes stand as the matmul leaves them, which spares the transpose of the scores.
+    scores = jnp.einsum("btkgd,bskd->bktgs", grouped, k, preferred_element_type=jnp.float32)
+    # Finite, for the rows of an empty cache that see nothing.
+    lowest = jnp.finfo(jnp.float32).min
+    scores = jnp.where(mask[:, None, :, None, :], scores * dim**-0.5, lowest)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bktgs,bskd->bktgd", weights, v).transpose(0, 2, 1, 3, 4).reshape(q.shape)
+
+
+def _splash(
+    q: Array, k: Array, v: Array, segment_ids: Array, window: int | None, mesh: Mesh | None
+) -> Array:
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as kernels,
+    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    def local(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
+        length, heads = q.shape[1:3]
+        shape = (length, length)
+        # The largest block that divides the rows and fits in VMEM.
+        block = next(b for b in (512, 256, _SPLASH_BLOCK) if length % b == 0)
+        mask = (
+            masks.CausalMask(shape)
+            if window is None
+            else masks.LocalMask(shape, (window - 1, 0), offset=0)
+        )
+        blocks: dict[str, Any] = dict.fromkeys(_SPLASH_BLOCKS, block)
+        kernel = kernels.make_splash_mha(
+            masks.MultiHeadMask([mask] * heads),
+            head_shards=1,
+            q_seq_shards=1,
+            block_sizes=kernels.BlockSizes(**blocks),
+        )
+        ids = kernels.SegmentIds(q=segment_ids, kv=segment_ids)
+        q, k, v = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
+        return jax.vmap(kernel)(q, k, v, ids).swapaxes(1, 2)
+
+    if mesh is None:
+        return local(q, k, v, segment_ids)
+    # A Pallas call is opaque to the partitioner, so the mesh is divided by hand; heads only
+    # where queries and keys divide alike, for a group of heads shares its key.
+    spec = functools.partial(partition.spec, mesh)
+    kv_spec = spec(("batch", "time", "kv_heads", "head_dim"), k.shape)
+    q_spec = kv_spec
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(q_spec, kv_spec, kv_spec, spec(("batch", "time"), segment_ids.shape)),
+        out_specs=q_spec,
+        check_vma=False,
+    )(q, k, v, segment_ids)

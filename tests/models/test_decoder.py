@@ -1,0 +1,247 @@
+"""The decoder: segments, windows, cache, recomputation and meshes agree with the plain call."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from ranktuner_jax import models
+from ranktuner_jax.errors import UserError
+from ranktuner_jax.models import partition
+from ranktuner_jax.models.attention import choose_implementation
+from ranktuner_jax.models.linear import linear
+from tests.tolerances import BF16, F32
+
+CONFIG = models.DecoderConfig(
+    family="qwen3",
+    vocab_size=37,
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    qk_norm=True,
+    windows=(None, 3),
+    initializer_range=0.2,
+    tie_embeddings=False,
+)
+TOKENS = np.random.default_rng(0).integers(0, 37, (2, 10)).astype(np.int32)
+
+
+def make_mesh(*shape: int) -> Mesh:
+    return jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+@pytest.fixture(scope="module")
+def model() -> models.Decoder:
+    return models.Decoder(CONFIG, rngs=nnx.Rngs(0))
+
+
+@nnx.jit
+def call(model: models.Decoder, *args, **kwargs):
+    return model(*args, **kwargs)
+
+
+def loss(params: nnx.State, graph: nnx.GraphDef, tokens: np.ndarray) -> jax.Array:
+    model = nnx.merge(graph, params)
+    logits = model.logits(model(tokens))
+    return jnp.mean(jax.nn.logsumexp(logits, -1) - logits[..., 1])
+
+
+def test_conversations_of_a_row_do_not_see_each_other(model: models.Decoder) -> None:
+    segments = np.array([[1, 1, 1, 1, 2, 2, 2, 2, 2, 2], [1, 1, 2, 2, 2, 2, 2, 3, 0, 0]])
+    packed = np.asarray(call(model, TOKENS, segment_ids=segments.astype(np.int32)))
+    for row, start, stop in [(0, 0, 4), (0, 4, 10), (1, 0, 2), (1, 2, 7), (1, 7, 8)]:
+        # Alone in its row, at the front; what comes after cannot reach it.
+        alone = np.asarray(call(model, np.roll(TOKENS, -start, axis=1)))[row]
+        np.testing.assert_allclose(packed[row, start:stop], alone[: stop - start], **F32)
+    assert np.isfinite(packed).all()
+
+
+def test_positions_count_each_segment_from_zero(model: models.Decoder) -> None:
+    segments = np.array([[1, 1, 1, 1, 2, 2, 2, 2, 2, 2]] * 2, np.int32)
+    positions = np.array([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]] * 2, np.int32)
+    np.testing.assert_array_equal(
+        call(model, TOKENS, segment_ids=segments), call(model, TOKENS, positions, segments)
+    )
+
+
+def test_a_token_changes_nothing_before_it_nor_beyond_its_windows() -> None:
+    windowed = models.Decoder(dataclasses.replace(CONFIG, windows=(3, 3)), rngs=nnx.Rngs(0))
+    changed = TOKENS.copy()
+    changed[:, 2] = (changed[:, 2] + 1) % 37
+    before, after = (np.asarray(call(windowed, tokens)) for tokens in (TOKENS, changed))
+    difference = np.abs(before - after).max((0, 2))
+    # Two layers of two tokens back each reach positions 2 to 6.
+    assert (difference > 0).tolist() == [2 <= i <= 6 for i in range(10)]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_decoding_with_a_cache_matches_the_whole_row(model: models.Decoder, side: str) -> None:
+    # Prompts of 4 and 2 tokens, padded to 5; the rest comes one by one.
+    whole = np.asarray(call(model, TOKENS))
+    prompt, segments = np.zeros((2, 5), np.int32), np.zeros((2, 5), np.int32)
+    lengths = (4, 2)
+    for row, length in enumerate(lengths):
+        at = slice(5 - length, 5) if side == "left" else slice(0, length)
+        prompt[row, at], segments[row, at] = TOKENS[row, :length], 1
+    traces = 0
+
+    @jax.jit
+    def step(tokens, segment_ids, cache):
+        nonlocal traces
+        traces += 1
+        return model(tokens, segment_ids=segment_ids, cache=cache)
+
+    hidden, cache = step(prompt, segments, model.init_cache(2, 12))
+    for row, length in enumerate(lengths):
+        np.testing.assert_allclose(hidden[row][segments[row] == 1], whole[row, :length], **F32)
+    one = np.ones((2, 1), np.int32)
+    for i in range(6):
+        token = np.array([[TOKENS[0, 4 + i]], [TOKENS[1, 2 + i]]])
+        hidden, cache = step(token, one, cache)
+        np.testing.assert_allclose(hidden[0, 0], whole[0, 4 + i], **F32)
+        np.testing.assert_allclose(hidden[1, 0], whole[1, 2 + i], **F32)
+    assert traces == 2  # prompt and token
+    assert int(cache.index) == 11
+
+
+@pytest.fixture(scope="module")
+def plain() -> tuple[tuple[jax.Array, nnx.State], int]:
+    """Loss and gradients on one device, everything stored; and the memory that took."""
+    return differentiate(models.Decoder(CONFIG, rngs=nnx.Rngs(0)))
+
+
+def differentiate(model: models.Decoder) -> tuple[tuple[jax.Array, nnx.State], int]:
+    graph, params = nnx.split(model, nnx.Param)
+    tokens: np.ndarray | jax.Array = np.concatenate([TOKENS] * 4)
+    options = {}
+    if (mesh := model.mesh) is not None:
+        shardings = models.param_shardings(params, mesh)
+        params = jax.device_put(params, shardings)
+        rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+        tokens = jax.device_put(tokens, rows)
+        options["out_shardings"] = (NamedSharding(mesh, PartitionSpec()), shardings)
+    step = jax.jit(jax.value_and_grad(loss), static_argnums=1, **options)
+    compiled = step.lower(params, graph, tokens).compile()
+    return compiled(params, tokens), compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_recomputation_leaves_loss_and_gradients_as_they_are(remat: str, plain) -> None:
+    got, memory = differentiate(models.Decoder(CONFIG, rngs=nnx.Rngs(0), remat=remat))
+    expected, most = plain
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **F32), got, expected)
+    if remat == "full":  # At this size, what `dots` stores is most of it.
+        assert memory < most
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 1, 8)])
+def test_loss_and_gradients_do_not_depend_on_the_mesh(shape: tuple[int, int, int], plain) -> None:
+    model = models.Decoder(CONFIG, rngs=nnx.Rngs(0), mesh=make_mesh(*shape))
+    got, _ = differentiate(model)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **F32), got, plain[0])
+
+
+def test_shardings_follow_the_table_in_parameters_and_optimizer_state() -> None:
+    mesh = make_mesh(2, 2, 2)
+    config = dataclasses.replace(CONFIG, vocab_multiple=2)
+
+    def create() -> TrainState:
+        params = nnx.state(models.Decoder(config, rngs=nnx.Rngs(0)), nnx.Param)
+        return TrainState.create(apply_fn=loss, params=params, tx=optax.adamw(1e-3))
+
+    shardings = models.param_shardings(jax.eval_shape(create), mesh)
+    adam = shardings.opt_state[0]
+    for tree in (shardings.params, adam.mu, adam.nu):
+        assert tree["embed"].get_value().spec == PartitionSpec("tensor", "fsdp")
+        assert tree["layers"]["q"].get_value().spec == PartitionSpec(None, "tensor", None, "fsdp")
+        assert tree["layers"]["down"].get_value().spec == PartitionSpec(None, "fsdp", "tensor")
+        assert tree["final_norm"].get_value().spec == PartitionSpec(None)
+    assert adam.count.spec == PartitionSpec()
+    state = jax.jit(create, out_shardings=shardings)()
+    assert state.params["layers"]["q"][...].sharding == shardings.params["layers"]["q"].get_value()
+
+
+def test_axes_that_do_not_divide_stay_whole() -> None:
+    mesh = make_mesh(1, 1, 8)
+    assert partition.spec(mesh, ("layers", "heads", "head_dim"), (3, 9, 64)) == PartitionSpec(
+        None, None, None
+    )
+
+
+def test_padded_rows_are_zero_and_outside_the_logits() -> None:
+    config = dataclasses.replace(CONFIG, vocab_multiple=8)
+    model = models.Decoder(config, rngs=nnx.Rngs(0))
+    assert model.unembed.shape == (40, 32)
+    assert model.vocab_size == 37
+    assert not np.asarray(model.unembed[37:]).any()
+    assert model.logits(model(TOKENS)).shape == (2, 10, 37)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_linear_has_the_gradients_of_a_plain_product(dtype, rng: np.random.Generator) -> None:
+    x = rng.normal(size=(2, 5, 3)).astype(np.float32)
+    kernel = rng.normal(size=(4, 3)).astype(np.float32)
+    g = rng.normal(size=(2, 5, 4)).astype(np.float32)
+    y, transpose = jax.vjp(linear, jnp.asarray(x, dtype), jnp.asarray(kernel))
+    dx, dkernel = transpose(jnp.asarray(g, dtype))
+    assert (y.dtype, dx.dtype, dkernel.dtype) == (dtype, dtype, jnp.float32)
+    tolerance = F32 if dtype == jnp.float32 else BF16 | {"atol": 5e-2}
+    np.testing.assert_allclose(y.astype(jnp.float32), x @ kernel.T, **tolerance)
+    np.testing.assert_allclose(dx.astype(jnp.float32), g @ kernel, **tolerance)
+    np.testing.assert_allclose(dkernel, np.einsum("btf,btd->fd", g, x), **tolerance)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_linear_differentiates_inside_shard_map(check_vma: bool, rng: np.random.Generator) -> None:
+    x = rng.normal(size=(8, 2, 3)).astype(np.float32)
+    kernel = rng.normal(size=(4, 3)).astype(np.float32)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+    def gradient(kernel, x):
+        dkernel = jax.grad(lambda k: jnp.sum(linear(x, k) ** 2))(kernel)
+        # With check_vma, the transpose of replication has summed already.
+        return dkernel if check_vma else jax.lax.psum(dkernel, "data")
+
+    specs = (PartitionSpec(), PartitionSpec("data"))
+    got = jax.jit(
+        jax.shard_map(
+            gradient, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=check_vma
+        )
+    )(kernel, x)
+    expected = jax.grad(lambda k: jnp.sum((x @ k.T) ** 2))(kernel)
+    np.testing.assert_allclose(got, expected, **F32)
+
+
+def test_attention_is_chosen_by_device_length_and_type() -> None:
+    def choose(requested: str, length: int = 256, dtype=jnp.bfloat16) -> str:
+        return choose_implementation(requested, length=length, dtype=dtype, mesh=None)
+
+    assert choose("auto") == "xla"
+    assert choose("splash") == "splash"
+    assert choose("cudnn") == "cudnn"
+    with pytest.raises(ValueError, match=r"attention must be one of .* got 'flash'"):
+        choose("flash")
+    with pytest.raises(ValueError, match="multiple of 128 tokens, got 100"):
+        choose("splash", length=100)
+
+
+def test_options_that_do_not_exist_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"remat must be one of .* got 'some'"):
+        models.Decoder(CONFIG, rngs=nnx.Rngs(0), remat="some")
+    with pytest.raises(ValueError, match="mesh must have Auto axes"):
+        models.Decoder(CONFIG, rngs=nnx.Rngs(0), mesh=jax.make_mesh((8,), ("data",)))
+    with pytest.raises(UserError, match="architecture 'gpt2' is not supported; supported: llama"):
+        models.DecoderConfig(family="gpt2")
+    with pytest.raises(UserError, match="multiple of num_kv_heads, got 4 and 3"):
+        models.DecoderConfig(num_heads=4, num_kv_heads=3)
+    with pytest.raises(UserError, match="one for each of 30 layers, got 1"):
+        models.DecoderConfig(windows=(4,))

@@ -1,0 +1,223 @@
+"""Folders in and out: what is refused, what is kept, and how much memory it takes."""
+
+import concurrent.futures
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType
+from safetensors.numpy import load_file, save_file
+
+from ranktuner_jax import models
+from ranktuner_jax.errors import UserError
+from ranktuner_jax.models import pretrained, rope
+from tests.models import tiny
+
+
+@pytest.fixture
+def folder(tmp_path: pathlib.Path) -> pathlib.Path:
+    path = tmp_path / "model"
+    path.mkdir()
+    tiny.write_checkpoint("qwen3", path)
+    return path
+
+
+def edit_config(folder: pathlib.Path, **changes) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_missing_surplus_and_misshapen_tensors_are_all_listed(folder: pathlib.Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    tensors["model.layers.9.mlp.up_proj.weight"] = np.zeros((2, 2), np.float32)
+    tensors["model.layers.0.mlp.up_proj.weight"] = np.zeros((24, 8), np.float32)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(UserError) as error:
+        models.load_pretrained(folder)
+    message = str(error.value)
+    assert "1 missing: model.norm.weight" in message
+    assert "1 surplus: model.layers.9.mlp.up_proj.weight" in message
+    assert "up_proj.weight (expected (24, 16), got (24, 8))" in message
+    assert "\n" not in message
+
+
+def test_a_tied_head_that_is_written_again_is_ignored(folder: pathlib.Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+    save_file(tensors, folder / "model.safetensors")
+    model = models.load_pretrained(folder)
+    assert model.unembed.shape == (31, 16)
+
+
+def test_what_is_not_supported_is_named(folder: pathlib.Path) -> None:
+    edit_config(folder, model_type="gpt_neox", architectures=["GPTNeoXForCausalLM"])
+    with pytest.raises(UserError, match=r"'gpt_neox' is not supported; supported: llama, mistral"):
+        models.load_pretrained(folder)
+    edit_config(folder, model_type="nonesuch")
+    with pytest.raises(UserError, match="nonesuch"):
+        models.load_pretrained(folder)
+    edit_config(folder, model_type="qwen3", hidden_act="gelu")
+    with pytest.raises(UserError, match="hidden_act 'gelu' is not supported; supported: silu"):
+        models.load_pretrained(folder)
+
+
+def test_rope_settings_that_are_not_supported_are_named() -> None:
+    with pytest.raises(
+        UserError, match="rope type 'longrope' is not supported; supported: default"
+    ):
+        models.RopeConfig.from_parameters({"rope_type": "longrope", "factor": 2.0})
+    with pytest.raises(UserError, match="'linear': unknown settings twist; known: factor"):
+        models.RopeConfig.from_parameters({"rope_type": "linear", "factor": 2.0, "twist": 1})
+    with pytest.raises(UserError, match="partial_rotary_factor"):
+        models.RopeConfig.from_parameters({"rope_type": "default", "partial_rotary_factor": 0.5})
+    with pytest.raises(UserError, match="'llama3': missing settings high_freq_factor"):
+        models.RopeConfig.from_parameters({"rope_type": "llama3", "factor": 2.0})
+
+
+def test_yarn_scales_attention_as_its_settings_say() -> None:
+    settings = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    position = jnp.zeros((1, 1), jnp.int32)
+
+    def scaling(**more) -> float:
+        config = models.RopeConfig.from_parameters(settings | more)
+        return float(rope.rotary_tables(config, position, 8, 64)[0][0, 0, 0])
+
+    assert scaling() == pytest.approx(0.1 * np.log(4) + 1)
+    assert scaling(attention_factor=1.5) == pytest.approx(1.5)
+    assert scaling(mscale=2.0, mscale_all_dim=1.0) == pytest.approx(
+        (0.2 * np.log(4) + 1) / (0.1 * np.log(4) + 1)
+    )
+
+
+def test_folders_that_are_no_model_are_refused(folder: pathlib.Path) -> None:
+    with pytest.raises(UserError, match="no such folder; give a Hugging Face folder"):
+        models.resolve("no-such-model")
+    with pytest.raises(UserError, match=r"no config\.json"):
+        models.load_pretrained(folder.parent)
+    (folder / "model.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(UserError, match="not a safetensors file"):
+        models.load_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="found no safetensors file"):
+        models.load_pretrained(folder)
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"names model-00001-of-00002\.safetensors, which is"):
+        models.load_pretrained(folder)
+
+
+def test_a_hub_id_that_cannot_be_fetched_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def offline(*args, **kwargs):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("cannot find\nthe snapshot")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(
+        UserError, match=r"'owner/name': .*cannot find.*give a local folder"
+    ) as error:
+        models.resolve("owner/name")
+    assert "\n" not in str(error.value)
+
+
+def test_a_hub_id_becomes_its_snapshot(
+    monkeypatch: pytest.MonkeyPatch, folder: pathlib.Path
+) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(folder))
+    assert models.resolve("owner/name") == folder
+
+
+def test_loading_onto_a_mesh_pads_the_vocabulary_and_saving_drops_it(folder: pathlib.Path) -> None:
+    mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    model = models.load_pretrained(folder, mesh=mesh)
+    assert model.unembed.shape == (32, 16)
+    assert model.unembed.sharding.shard_shape((32, 16)) == (8, 8)
+    assert not np.asarray(model.unembed)[31].any()
+    single = models.load_pretrained(folder)
+    logits = nnx.jit(lambda m, t: m.logits(m(t)))
+    np.testing.assert_allclose(logits(model, tiny.TOKENS), logits(single, tiny.TOKENS), atol=1e-5)
+    models.save_pretrained(model, folder.parent / "out")
+    original = load_file(folder / "model.safetensors")
+    for name, value in load_file(folder.parent / "out" / "model.safetensors").items():
+        np.testing.assert_array_equal(value, original[name])
+
+
+def test_saving_keeps_type_tokenizer_and_template(folder: pathlib.Path) -> None:
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json", "notes.txt"):
+        (folder / name).write_text(f'"{name}"')
+    model = models.load_pretrained(folder, param_dtype=jnp.bfloat16)
+    out = folder.parent / "deep" / "out"
+    models.save_pretrained(model, out, tokenizer_from=folder)
+    assert sorted(p.name for p in out.iterdir()) == [
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    assert load_file(out / "model.safetensors")["model.norm.weight"].dtype == jnp.bfloat16
+
+
+def test_nothing_is_overwritten_and_nothing_is_half_written(
+    folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models.load_pretrained(folder)
+    with pytest.raises(UserError, match="exists already; give a new path"):
+        models.save_pretrained(model, folder)
+    (folder.parent / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        models.save_pretrained(model, folder.parent / "file" / "out")
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("safetensors.numpy.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        models.save_pretrained(model, folder.parent / "out")
+    assert sorted(p.name for p in folder.parent.iterdir()) == ["file", "model"]
+
+
+def test_several_processes_may_convert_at_once(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(
+        pretrained._EMBEDDED, "toy", lambda path: (path / "config.json").write_text("{}")
+    )
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(lambda _: models.resolve("toy", tmp_path), range(8)))
+    assert set(folders) == {tmp_path / "models" / "toy"}
+    assert [p.name for p in (tmp_path / "models").iterdir()] == ["toy"]
+
+
+def test_the_cache_lies_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANKTUNER_CACHE", "/somewhere")
+    assert models.default_cache_dir() == pathlib.Path("/somewhere")
+    monkeypatch.delenv("RANKTUNER_CACHE")
+    assert models.default_cache_dir() == pathlib.Path("~/.cache/ranktuner_jax").expanduser()
+
+
+def test_loading_holds_one_shard_and_one_tensor_beside_the_model() -> None:
+    # 100 MB in bfloat16; `ranktuner bench model --loading` measures it on 1 GB.
+    program = "from ranktuner_jax.bench import model; print(*model.measure_loading(100))"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=pathlib.Path(__file__).parents[2],
+    )
+    kept, peak, bound = map(float, done.stdout.split()[-3:])
+    assert kept > 80
+    # The allocator's and the runtime's own pages are not the loader's.
+    assert peak - kept < bound + 16, done.stdout

@@ -1,0 +1,36 @@
+"""Records to conversations, to tokens with a completion mask, to packed rows, to batches."""
+
+from ranktuner_jax.data.chat import ChatEncoder, TokenizedChat, load_tokenizer
+from ranktuner_jax.data.packing import best_fit
+from ranktuner_jax.data.pipeline import (
+    BatchIterator,
+    DataConfig,
+    Example,
+    Rows,
+    Summary,
+    load_examples,
+    load_rows,
+)
+from ranktuner_jax.data.records import BadRowError, Conversation, to_conversation
+from ranktuner_jax.data.sources import Record, read_source
+from ranktuner_jax.data.storage import write_dataset
+
+__all__ = [
+    "BadRowError",
+    "BatchIterator",
+    "ChatEncoder",
+    "Conversation",
+    "DataConfig",
+    "Example",
+    "Record",
+    "Rows",
+    "Summary",
+    "TokenizedChat",
+    "best_fit",
+    "load_examples",
+    "load_rows",
+    "load_tokenizer",
+    "read_source",
+    "to_conversation",
+    "write_dataset",
+]

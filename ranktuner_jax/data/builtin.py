@@ -1,0 +1,88 @@
+"""Data sets that need no download: reasoning-gym's generators, run once and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ranktuner_jax.data import storage
+from ranktuner_jax.errors import UserError
+
+__all__ = ["BUILTIN", "prepare_builtin"]
+
+_Splits = dict[str, list[dict[str, Any]]]
+
+
+def _generate(name: str, size: int, **options: Any) -> Any:
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise UserError(
+            f"data.source={name}: expected the package reasoning-gym, which generates it, got "
+            f"{error}; run pip install 'ranktuner-jax[eval]'"
+        ) from error
+    return reasoning_gym.create_dataset(name, size=size, seed=0, **options)
+
+
+def _record(row: dict[str, Any], completion: str) -> dict[str, Any]:
+    turns = [
+        {"role": "user", "content": row["question"]},
+        {"role": "assistant", "content": completion},
+    ]
+    return storage.to_record(
+        turns,
+        {key: row[key] for key in ("question", "answer", "metadata")} | {"completion": completion},
+    )
+
+
+def _chain_sum() -> _Splits:
+    """Sums and differences of 2 or 3 numbers of 1 or 2 digits; no question is asked twice."""
+    rows = _generate("chain_sum", 6000, min_terms=2, max_terms=3, min_digits=1, max_digits=2)
+    unique = {row["question"]: _record(row, row["answer"]) for row in rows}
+    records = list(unique.values())
+    return {"train": records[512:], "test": records[:512]}
+
+
+def _gsm_symbolic() -> _Splits:
+    """Word problems with a chain of thought; the test's templates never occur in training.
+
+    `source_index` in the metadata is only the number of the row. The template
+    is `task_indices`; a split over anything else tests on trained templates.
+    """
+    rows = _generate("gsm_symbolic", 5000)
+    held_out = set(sorted(set(rows.task_indices))[::5])
+    splits: dict[str, dict[str, dict[str, Any]]] = {"train": {}, "test": {}}
+    for template, row in zip(rows.task_indices, rows, strict=True):
+        row["metadata"]["template"] = template
+        split = "test" if template in held_out else "train"
+        splits[split].setdefault(row["question"], _record(row, row["metadata"]["answer_cot"]))
+    return {split: list(records.values()) for split, records in splits.items()}
+
+
+BUILTIN: dict[str, Callable[[], _Splits]] = {
+    "chain_sum": _chain_sum,
+    "gsm_symbolic": _gsm_symbolic,
+}
+
+
+def prepare_builtin(name: str) -> Path:
+    """The TFDS directory of a built-in data set; generated at the first call.
+
+    Args:
+      name: A key of `BUILTIN`.
+
+    Returns:
+      A folder in the user's cache, for `tfds.builder_from_directory`.
+
+    Raises:
+      UserError: If reasoning-gym is not installed.
+
+    Example:
+      >>> sorted(BUILTIN)
+      ['chain_sum', 'gsm_symbolic']
+    """
+    folder = storage.cache_dir() / "data" / f"{name}-1"
+    if not folder.is_dir():
+        storage.write_dataset(folder, BUILTIN[name](), name=name)
+    return folder

@@ -1,0 +1,361 @@
+"""Conversations as tokens, with a mask of exactly what the assistant says."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import numpy as np
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from ranktuner_jax.data.records import BadRowError, Conversation
+from ranktuner_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float32, Int32
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["ChatEncoder", "TokenizedChat", "load_tokenizer"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedChat:
+    """The tokens of one conversation, up to the last one that is supervised.
+
+    Attributes:
+      tokens: Token ids.
+      weights: The weight of each token where it is to be predicted (the
+        assistant's text and the token that ends its turn), 0 elsewhere.
+    """
+
+    tokens: Int32[np.ndarray, " length"]
+    weights: Float32[np.ndarray, " length"]
+
+    @property
+    def mask(self) -> Bool[np.ndarray, " length"]:
+        """True where the token is supervised."""
+        return self.weights > 0
+
+    def split_last_turn(self) -> tuple[list[int], list[int]]:
+        """The tokens before the last supervised turn, and the tokens of that turn.
+
+        The first is what a sampler is given, the second is one right answer.
+
+        Example:
+          >>> TokenizedChat(np.array([5, 6, 7, 8]), np.array([0, 0, 1, 1])).split_last_turn()
+          ([5, 6], [7, 8])
+        """
+        start = int(np.flatnonzero(~self.mask)[-1]) + 1
+        return self.tokens[:start].tolist(), self.tokens[start:].tolist()
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """Characters [start, stop) that the assistant writes after reading everything before."""
+
+    start: int
+    stop: int
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Rendering:
+    text: str
+    spans: tuple[_Span, ...]
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """Loads the fast tokenizer of a Hugging Face folder.
+
+    Args:
+      folder: A local folder with `tokenizer.json`.
+
+    Raises:
+      UserError: If there is no fast tokenizer in the folder.
+
+    Example:
+      >>> load_tokenizer("no/such/folder")
+      Traceback (most recent call last):
+      ranktuner_jax.errors.UserError: model: expected a folder with a tokenizer, got no/such/...
+    """
+    from transformers import AutoTokenizer
+
+    if not Path(folder).is_dir():
+        raise UserError(f"model: expected a folder with a tokenizer, got {folder}, which is none")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model: could not load a tokenizer from {folder}: {str(error).splitlines()[0]}"
+        ) from error
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"model: expected a fast tokenizer (tokenizer.json) in {folder}, got a slow one; "
+            "convert it with transformers"
+        )
+    return tokenizer
+
+
+class ChatEncoder:
+    """Renders conversations with a chat template and finds what is supervised.
+
+    A template with `{% generation %}` says itself what the assistant writes.
+    For others the conversation is rendered up to each assistant turn as it is
+    at inference, with the generation prompt, and again including the turn: what
+    the second adds to the first is the turn. Both must agree, character by
+    character and token by token, or the row is refused.
+
+    A template may show an earlier turn differently once more turns follow
+    (Qwen3 drops its thinking, Mistral moves the system prompt). Such a turn
+    becomes a sample of its own, ending there, so that each one is learnt
+    in exactly the context in which it is generated.
+
+    Args:
+      tokenizer: A fast tokenizer with a chat template.
+      enable_thinking: Handed to the template; Qwen3's understands it.
+
+    Raises:
+      UserError: If the tokenizer has no chat template or no special tokens.
+
+    Example:
+      >>> import tokenizers, transformers
+      >>> words = {word: i for i, word in enumerate(["?", "<end>", "2", "+", "4"])}
+      >>> backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="?"))
+      >>> backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+      >>> tokenizer = transformers.PreTrainedTokenizerFast(
+      ...     tokenizer_object=backend,
+      ...     eos_token="<end>",
+      ...     chat_template="{% for m in messages %}{{ m.content + eos_token }}{% endfor %}",
+      ... )
+      >>> turns = ({"role": "user", "content": "2 + 2"}, {"role": "assistant", "content": "4"})
+      >>> [[sample]] = ChatEncoder(tokenizer).encode([Conversation(turns, (0.0, 1.0), row={})])
+      >>> sample.tokens.tolist(), sample.mask.tolist()
+      ([2, 3, 2, 1, 4, 1], [False, False, False, False, True, True])
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, enable_thinking: bool = True):
+        if not tokenizer.chat_template:
+            raise UserError(
+                f"model: the tokenizer of {tokenizer.name_or_path} has no chat template; put the "
+                "chat_template.jinja of an instruction-tuned model of the family beside it"
+            )
+        self._template = tokenizer.get_chat_template()
+        self._marks_generation = bool(re.search(r"\{%-?\s*generation\s*-?%\}", self._template))
+        self._backend = tokenizer.backend_tokenizer
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        self._options = {
+            **tokenizer.special_tokens_map,
+            "enable_thinking": enable_thinking,
+            # Llama 3 writes today's date into the system prompt unless it is given one. The day
+            # that Meta's template falls back to makes tokens the same every day.
+            "date_string": "26 Jul 2024",
+        }
+        special = {
+            token.content for token in tokenizer.added_tokens_decoder.values() if token.special
+        }
+        special.update(tokenizer.all_special_tokens)
+        if not special:
+            raise UserError(
+                f"model: the tokenizer of {tokenizer.name_or_path} has no special tokens, so "
+                "nothing can end a turn"
+            )
+        longest_first = sorted(special, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, longest_first)))
+        self._tail_tokens = functools.lru_cache(maxsize=4096)(self._encode_text)
+
+    def encode(
+        self, conversations: Sequence[Conversation]
+    ) -> list[tuple[TokenizedChat, ...] | BadRowError]:
+        """Tokenizes a batch; each conversation gives its samples, or why it is refused.
+
+        All texts of a batch go to the tokenizer in one call, which spreads them
+        over the cores: batches of some hundreds are fastest.
+
+        Args:
+          conversations: What to encode.
+
+        Returns:
+          For each conversation one sample, or one for each turn that the
+          template shows differently later on; or the reason why it is refused.
+        """
+        rendered = [self._try(self._render, conversation) for conversation in conversations]
+        texts = [r.text for rs in rendered if not isinstance(rs, BadRowError) for r in rs]
+        encodings = iter(self._backend.encode_batch(texts, add_special_tokens=False))
+        return [
+            renderings
+            if isinstance(renderings, BadRowError)
+            # The list takes this conversation's encodings even when one of them is refused.
+            else self._try(
+                self._tokenize_all, [(rendering, next(encodings)) for rendering in renderings]
+            )
+            for renderings in rendered
+        ]
+
+    # --- text ---
+
+    def _render(self, conversation: Conversation) -> list[_Rendering]:
+        for number, message in enumerate(conversation.messages, 1):
+            if found := self._special.search(message["content"]):
+                raise BadRowError(
+                    f"message {number} contains {found.group()!r}, which the tokenizer takes for "
+                    "a special token; remove it from the text"
+                )
+        last = max(i for i, weight in enumerate(conversation.weights) if weight)
+        messages = [dict(message) for message in conversation.messages[: last + 1]]
+        weights = conversation.weights[: last + 1]
+        if self._marks_generation:
+            return [self._render_marked(messages, weights)]
+        return self._render_by_prefix(messages, weights)
+
+    def _template_text(self, messages: list[dict[str, str]], **options: Any) -> tuple[str, Any]:
+        render: Any = render_jinja_template  # its annotations are wrong
+        try:
+            texts, spans = render(
+                [messages], chat_template=self._template, **self._options, **options
+            )
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise BadRowError(f"the chat template refuses the conversation: {reason}") from error
+        return texts[0], spans[0] if spans else ()
+
+    def _render_marked(
+        self, messages: list[dict[str, str]], weights: Sequence[float]
+    ) -> _Rendering:
+        text, marked = self._template_text(messages, return_assistant_tokens_mask=True)
+        turns = [
+            weight
+            for message, weight in zip(messages, weights, strict=True)
+            if message["role"] == "assistant"
+        ]
+        if len(marked) != len(turns):
+            raise BadRowError(
+                f"the chat template marks {len(marked)} generations for {len(turns)} assistant "
+                "turns; correct its {% generation %} blocks, or remove all of them"
+            )
+        spans = (
+            _Span(start, self._turn_end(text, stop), weight)
+            for (start, stop), weight in zip(marked, turns, strict=True)
+            if weight
+        )
+        return _Rendering(text, tuple(spans))
+
+    def _render_by_prefix(
+        self, messages: list[dict[str, str]], weights: Sequence[float]
+    ) -> list[_Rendering]:
+        whole, _ = self._template_text(messages)
+        merged: list[_Span] = []
+        alone: list[_Rendering] = []
+        for i, weight in enumerate(weights):
+            if not weight:
+                continue
+            before, _ = self._template_text(messages[:i], add_generation_prompt=True)
+            through = whole
+            if i + 1 < len(messages):
+                through, _ = self._template_text(messages[: i + 1])
+            if not through.startswith(before):
+                raise BadRowError(
+                    f"message {i + 1}: the chat template's generation prompt is not how it begins "
+                    "an assistant turn, so what is supervised would not be what is generated; "
+                    "mark the turns in the template with {% generation %}"
+                )
+            span = _Span(len(before), self._turn_end(through, len(through)), weight)
+            if whole.startswith(through[: span.stop]):
+                merged.append(span)
+            else:
+                alone.append(_Rendering(through, (span,)))
+        # The last turn is always in the whole; it comes last here, too.
+        return [*alone, _Rendering(whole, tuple(merged))]
+
+    def _turn_end(self, text: str, stop: int) -> int:
+        """Where the turn that reaches to `stop` ends: just after its end-of-turn token."""
+        said = text[:stop].rstrip()  # templates write a newline after the token
+        for found in self._special.finditer(said, max(0, len(said) - 256)):
+            if found.end() == len(said):
+                return len(said)
+        following = self._special.match(text, stop)
+        if following is None:
+            raise BadRowError(
+                "the chat template writes no end-of-turn token after the assistant's turn, so the "
+                "model would never learn to stop; add the tokenizer's eos_token to the template"
+            )
+        return following.end()
+
+    # --- tokens ---
+
+    def _tokenize_all(self, pairs: Iterable[tuple[_Rendering, Any]]) -> tuple[TokenizedChat, ...]:
+        return tuple(self._tokenize(rendering, encoding) for rendering, encoding in pairs)
+
+    def _tokenize(self, rendering: _Rendering, encoding: Any) -> TokenizedChat:
+        ids = encoding.ids
+        bounds: list[tuple[int, int]] = []
+        for span in rendering.spans:
+            bound = self._token_bounds(rendering.text, span, encoding)
+            if bound is None:
+                ids, bounds = self._tokenize_in_pieces(rendering)
+                break
+            bounds.append(bound)
+        if bounds[0][0] == 0:
+            raise BadRowError(
+                "nothing stands before the assistant's first token to predict it from"
+            )
+        length = bounds[-1][1]
+        weights = np.zeros(length, np.float32)
+        for (start, stop), span in zip(bounds, rendering.spans, strict=True):
+            weights[start:stop] = span.weight
+        return TokenizedChat(np.array(ids[:length], np.int32), weights)
+
+    def _token_bounds(self, text: str, span: _Span, encoding: Any) -> tuple[int, int] | None:
+        """The span in tokens; None when a token reaches across its beginning.
+
+        Special tokens cut a text, so what a prompt is tokenized to depends on
+        nothing before its last special token: comparing from there is enough.
+        """
+        cut = 0
+        for found in self._special.finditer(text, 0, span.start):
+            cut = found.start()
+        first = encoding.char_to_token(cut) if cut else 0
+        tail = self._tail_tokens(text[cut : span.start])
+        start = first + len(tail)
+        if encoding.ids[first:start] != tail:
+            return None
+        return start, encoding.char_to_token(span.stop - 1) + 1
+
+    def _encode_text(self, text: str) -> list[int]:
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def _tokenize_in_pieces(self, rendering: _Rendering) -> tuple[list[int], list[tuple[int, int]]]:
+        """Prompts as they are tokenized at inference, each answer after them on its own.
+
+        An answer that begins with a newline may grow into one token with the
+        newline that ends the prompt. A model that generates never sees that.
+        """
+        ids: list[int] = []
+        bounds = []
+        done = 0
+        for span in rendering.spans:
+            ids += self._encode_text(rendering.text[done : span.start])
+            start = len(ids)
+            ids += self._encode_text(rendering.text[span.start : span.stop])
+            bounds.append((start, len(ids)))
+            done = span.stop
+        whole = self._encode_text(rendering.text[:done])
+        decode = functools.partial(self._backend.decode, skip_special_tokens=False)
+        if decode(ids) != decode(whole):
+            raise BadRowError(
+                "a token reaches across the beginning of an assistant turn; strip the white space "
+                "at the beginning of the answer"
+            )
+        return ids, bounds
+
+    @staticmethod
+    def _try(function: Any, argument: Any) -> Any:
+        try:
+            return function(argument)
+        except BadRowError as error:
+            return error

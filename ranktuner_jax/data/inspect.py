@@ -1,0 +1,128 @@
+"""Show what a model sees of a data set: its first rows as text, what is supervised, and lengths.
+
+Supervised text is green (or stands in ⟦brackets⟧ where there are no colours): the model learns to
+write it, after everything above it in the same conversation.
+
+  ranktuner data inspect --model=models/Qwen3-0.6B --source=data/gsm8k --row_length=512
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.console import Console
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from ranktuner_jax.data.chat import load_tokenizer
+from ranktuner_jax.data.options import add_config_arguments, config_from
+from ranktuner_jax.data.pipeline import Rows, Summary, load_rows
+from ranktuner_jax.data.storage import cache_dir
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["add_arguments", "run", "show_rows", "show_summary"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `ranktuner data inspect`."""
+    parser.add_argument(
+        "--model",
+        default="smollm2-135m",
+        help="whose tokenizer: a folder, or a name that training put into the cache [%(default)s]",
+    )
+    parser.add_argument("--rows", type=int, default=2, help="how many rows to show [%(default)s]")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the packing [%(default)s]")
+    add_config_arguments(
+        parser,
+        "source",
+        "split",
+        "subset",
+        "data_dir",
+        "prompt_column",
+        "completion_column",
+        "system",
+        "enable_thinking",
+        "strip_calculator_marks",
+        "row_length",
+        "packing",
+        "on_bad_row",
+        "too_long",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the first rows, the lengths and the counts."""
+    cached = cache_dir() / "models" / args.model
+    folder = cached if cached.is_dir() and not Path(args.model).is_dir() else args.model
+    tokenizer = load_tokenizer(folder)
+    rows = load_rows(config_from(args), tokenizer, seed=args.seed)
+    console = Console(highlight=False)
+    show_rows(console, rows, tokenizer, min(args.rows, len(rows)))
+    show_summary(console, rows.summary)
+    return 0
+
+
+def show_rows(console: Console, rows: Rows, tokenizer: PreTrainedTokenizerBase, count: int) -> None:
+    """Prints the first rows as a person reads them, supervised text marked."""
+    decode = tokenizer.backend_tokenizer.decode
+    for index in range(count):
+        row = rows[index]
+        for segment in range(1, row["segment_ids"].max() + 1):
+            console.print(Rule(f"row {index}, conversation {segment}", style="dim"))
+            here = row["segment_ids"] == segment
+            # A conversation is its inputs and the last label, which is never an input.
+            tokens = [*row["tokens"][here], row["labels"][here][-1]]
+            supervised = [False, *row["mask"][here]]
+            text = Text()
+            marked = zip(supervised, tokens, strict=True)
+            for learnt, run_ in itertools.groupby(marked, key=lambda pair: pair[0]):
+                said = _printable(decode([token for _, token in run_], skip_special_tokens=False))
+                if learnt and console.color_system is None:
+                    said = f"⟦{said}⟧"
+                text.append(said, "green" if learnt else "dim")
+            console.print(text)
+
+
+def show_summary(console: Console, summary: Summary) -> None:
+    """Prints a histogram of lengths, and what became of every conversation."""
+    lengths = summary.lengths
+    edges = np.unique(np.linspace(lengths.min(), lengths.max() + 1, 11).astype(int))
+    counts, _ = np.histogram(lengths, edges)
+    histogram = Table(title="Lengths", box=None, show_header=False, title_justify="left")
+    histogram.add_column(justify="right")
+    histogram.add_column(justify="right")
+    histogram.add_column()
+    for count, low, high in zip(counts, edges[:-1], edges[1:] - 1, strict=True):
+        bar = "█" * round(40 * count / max(counts))
+        histogram.add_row(f"{low:,} to {high:,} tokens", f"{count:,}", bar)
+    console.print(Rule(style="dim"), histogram)
+
+    table = Table(title="Counts", box=None, show_header=False, title_justify="left")
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_row("conversations read", f"{summary.read:,}")
+    table.add_row("samples kept", f"{summary.kept:,}")
+    table.add_row("truncated", f"{summary.truncated:,}")
+    table.add_row("too long and dropped", f"{summary.dropped:,}")
+    table.add_row("bad and skipped", f"{summary.bad.total():,}")
+    for reason, count in summary.bad.most_common(10):
+        table.add_row(f"  {_printable(reason)}", f"{count:,}")
+    table.add_row("tokens", f"{summary.tokens:,}")
+    table.add_row("supervised", f"{summary.supervised / summary.tokens:.1%}")
+    table.add_row(f"rows of {summary.row_length:,}", f"{summary.rows:,}")
+    table.add_row("filled", f"{summary.fill:.1%}")
+    console.print(table)
+
+
+def _printable(text: str) -> str:
+    """The text with control characters spelled out: data must not steer the terminal."""
+    return "".join(
+        char if char.isprintable() or char in "\n\t" else f"\\x{ord(char):02x}" for char in text
+    )

@@ -1,0 +1,271 @@
+"""Where rows come from: files, TFDS data sets, the hub and the built-in generators."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from ranktuner_jax.data.builtin import BUILTIN, prepare_builtin
+from ranktuner_jax.errors import UserError
+
+__all__ = ["Record", "read_source"]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One row of a source, or the reason why it could not be read.
+
+    Attributes:
+      where: File and line, or data set and row number: what a person looks up.
+      fields: The row; empty when it is broken.
+      error: Why the row is broken; empty when it is not.
+    """
+
+    where: str
+    fields: dict[str, Any]
+    error: str = ""
+
+
+def read_source(
+    source: str, split: str = "train", *, subset: str = "", data_dir: str = ""
+) -> Iterator[Record]:
+    r"""Yields the rows of a split, in the order of the source.
+
+    Args:
+      source: One of: a built-in name (`chain_sum`, `gsm_symbolic`); the path of
+        a `.jsonl` or `.parquet` file, which may hold `*` and `{split}`; a
+        folder that TFDS or `ranktuner data prepare` wrote; `hub:owner/name`; a
+        TFDS name such as `gsm8k` or `name/config:1.0.0`.
+      split: In the notation of TFDS: `train`, `test`, `train[:10000]`,
+        `train[90%:]`, `train+test`. A file whose path lacks `{split}` has the
+        one split `train`.
+      subset: The configuration of a hub data set.
+      data_dir: Where TFDS keeps its data sets; its own default when empty.
+
+    Yields:
+      Records; a broken row is a record with an `error`, so that reading goes on.
+
+    Raises:
+      UserError: If the source or the split does not exist.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as tmp:
+      ...     path = Path(tmp, "sums.jsonl")
+      ...     _ = path.write_text('{"prompt": "2 + 2", "completion": "4"}\n')
+      ...     [record.fields["completion"] for record in read_source(str(path))]
+      ['4']
+    """
+    if not source:
+        raise UserError("data.source: expected a name or a path, got nothing; see `data --help`")
+    if source.startswith("hub:"):
+        return _read_hub(source.removeprefix("hub:"), split, subset)
+    if source.endswith((".jsonl", ".parquet")):
+        return _read_files(source, split)
+    if source in BUILTIN:
+        return _read_tfds(source, tfds.builder_from_directory(prepare_builtin(source)), split)
+    return _read_tfds(source, _tfds_builder(source, data_dir), split)
+
+
+def _instructions(source: str, split: str, lengths: dict[str, int]) -> list[tuple[str, int, int]]:
+    """Which rows of which splits a TFDS split string means: (name, first, one past the last)."""
+    infos = {
+        name: tfds.core.SplitInfo(name=name, shard_lengths=[length], num_bytes=0)
+        for name, length in lengths.items()
+    }
+    try:
+        parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
+    except (ValueError, KeyError, AssertionError, NotImplementedError) as error:
+        raise UserError(
+            f"split: expected one of {sorted(lengths)} of {source}, or a slice such as "
+            f"'train[:1000]', got {split!r}"
+        ) from error
+    return [
+        (part.splitname, part.from_ or 0, lengths[part.splitname] if part.to is None else part.to)
+        for part in parts
+    ]
+
+
+# --- files ---
+
+
+def _read_files(pattern: str, split: str) -> Iterator[Record]:
+    names = {name.split("[")[0].strip() for name in split.split("+")}
+    if "{split}" not in pattern:
+        if names != {"train"}:
+            raise UserError(
+                f"split: {pattern} is one file and has the one split 'train', got {split!r}; "
+                "take a slice such as 'train[-500:]', or write {split} into the path"
+            )
+        files = {"train": _glob(pattern)}
+    else:
+        files = {name: _glob(pattern.replace("{split}", name)) for name in sorted(names)}
+    lengths = {name: sum(map(_count_rows, paths)) for name, paths in files.items()}
+    parts = _instructions(pattern, split, lengths)
+    return itertools.chain.from_iterable(
+        itertools.islice(itertools.chain.from_iterable(map(_read_file, files[name])), start, stop)
+        for name, start, stop in parts
+    )
+
+
+def _glob(pattern: str) -> list[Path]:
+    # A path that exists is itself, whatever brackets it holds.
+    paths = (
+        [pattern] if Path(pattern).is_file() else sorted(glob.glob(str(Path(pattern).expanduser())))
+    )
+    if not paths:
+        raise UserError(f"data.source: expected a file, got {pattern}, which does not exist")
+    return [Path(path) for path in paths]
+
+
+def _count_rows(path: Path) -> int:
+    if path.suffix == ".parquet":
+        return int(_parquet(path).metadata.num_rows)
+    with path.open("rb") as file:
+        return sum(1 for line in file if not line.isspace())
+
+
+def _read_file(path: Path) -> Iterator[Record]:
+    return _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
+
+
+def _read_jsonl(path: Path) -> Iterator[Record]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.isspace():
+                continue
+            where = f"{path}:{number}"
+            try:
+                fields = json.loads(line)
+            except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8
+                yield Record(where, {}, f"broken JSON: {error}")
+                continue
+            if isinstance(fields, dict):
+                yield Record(where, fields)
+            else:
+                yield Record(where, {}, f"expected a JSON object, got {type(fields).__name__}")
+
+
+def _parquet(path: Path) -> Any:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise UserError(f"data.source: {path} is not a Parquet file: {error}") from error
+
+
+def _read_parquet(path: Path) -> Iterator[Record]:
+    number = 0
+    for group in _parquet(path).iter_batches(batch_size=1024):
+        for fields in group.to_pylist():
+            number += 1
+            yield Record(f"{path}:{number}", fields)
+
+
+# --- TFDS ---
+
+
+def _tfds_builder(source: str, data_dir: str) -> Any:
+    folder = Path(source).expanduser()
+    try:
+        if folder.is_dir():
+            # The folder itself, or name/1.0.0 below it as TFDS lays them out.
+            found = sorted(folder.glob("**/dataset_info.json"))
+            if len(found) != 1:
+                raise UserError(
+                    f"data.source: expected a TFDS folder (one dataset_info.json), got {source}, "
+                    f"which holds {len(found)}; name the folder of one version"
+                )
+            return tfds.builder_from_directory(found[0].parent)
+        return tfds.builder(source, data_dir=data_dir or None)
+    except (tfds.core.DatasetNotFoundError, ValueError, ImportError) as error:
+        raise UserError(
+            f"data.source: expected {', '.join(sorted(BUILTIN))}, a .jsonl or .parquet file, "
+            f"hub:owner/name, or a TFDS name or folder, got {source!r}; check the spelling"
+        ) from error
+
+
+def _read_tfds(source: str, builder: Any, split: str) -> Iterator[Record]:
+    lengths = {name: info.num_examples for name, info in builder.info.splits.items()}
+    parts = _instructions(source, split, lengths)
+    try:
+        views = {name: builder.as_data_source(name) for name, _, _ in parts}
+    except (NotImplementedError, ImportError, ValueError) as error:
+        raise UserError(
+            f"data.source: {source} has no random access ({error}); rewrite it once with "
+            "`ranktuner data prepare`, or prepare it with file_format='array_record'"
+        ) from error
+    return (
+        Record(f"{source}[{name}]:{number + 1}", _unpack(row))
+        for name, start, stop in parts
+        for number, row in zip(range(start, stop), _slices(views[name], start, stop), strict=True)
+    )
+
+
+def _slices(view: Any, start: int, stop: int, size: int = 1024) -> Iterator[Any]:
+    for first in range(start, stop, size):
+        yield from view.__getitems__(list(range(first, min(first + size, stop))))
+
+
+def _unpack(row: dict[str, Any]) -> dict[str, Any]:
+    """A TFDS row as the source had it: text as str, sequences of features as lists of dicts."""
+    fields = _plain(row)
+    if set(fields) == {"messages", "weight", "row"}:  # written by storage.write_dataset
+        return {
+            **json.loads(fields["row"]),
+            "messages": fields["messages"],
+            "weight": fields["weight"],
+        }
+    return fields
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "surrogateescape")  # a lone surrogate is reported later
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain(value.tolist())
+    if isinstance(value, dict):
+        fields = {key: _plain(item) for key, item in value.items()}
+        turns = fields.get("messages")
+        if isinstance(turns, dict):  # TFDS turns a list of dicts inside out
+            fields["messages"] = [
+                dict(zip(turns, turn, strict=True)) for turn in zip(*turns.values(), strict=True)
+            ]
+        return fields
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+# --- the hub ---
+
+
+def _read_hub(name: str, split: str, subset: str) -> Iterator[Record]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(
+            f"data.source=hub:{name}: expected the package datasets, got {error}; "
+            "run pip install 'ranktuner-jax[hub]'"
+        ) from error
+    try:
+        rows: Iterable[dict[str, Any]] = datasets.load_dataset(name, subset or None, split=split)
+    except Exception as error:  # it raises whatever its network stack raises
+        raise UserError(
+            f"data.source=hub:{name}: could not load split {split!r}: {_first_line(error)}"
+        ) from error
+    return (Record(f"hub:{name}[{split}]:{i}", dict(row)) for i, row in enumerate(rows, 1))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

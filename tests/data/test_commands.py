@@ -1,0 +1,224 @@
+"""`ranktuner data prepare`, `data inspect` and `bench data`, as they are called."""
+
+import argparse
+import json
+import pathlib
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from ranktuner_jax.bench import data as bench
+from ranktuner_jax.data import DataConfig, inspect, load_rows, prepare, read_source
+from ranktuner_jax.data.options import add_config_arguments, config_from
+from ranktuner_jax.errors import UserError
+
+GSM8K = [
+    {"question": "Half of 48?", "answer": "It is 48/2 = <<48/2=24>>24.\n#### 24"},
+    {"question": "24 + 24?", "answer": "It is 24+24 = <<24+24=48>>48.\n#### 48"},
+]
+
+
+def call(module: types.ModuleType, *arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    code: int = module.run(parser.parse_args(arguments))
+    return code
+
+
+@pytest.fixture
+def folder(tokenizer: Any, tmp_path: pathlib.Path) -> str:
+    tokenizer.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+# --- prepare ---
+
+
+def test_prepare_writes_what_training_reads(
+    write_jsonl: Callable[..., str],
+    tmp_path: pathlib.Path,
+    tokenizer: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = write_jsonl(*GSM8K * 10)
+    output = str(tmp_path / "data sets" / "GSM-8K")
+    splits = ("--split=train=train[2:]", "--split=test=train[:2]")
+    code = call(
+        prepare, f"--source={source}", f"--output={output}", *splits, "--strip_calculator_marks"
+    )
+    assert code == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[:2] == ["train: 18 of 18 conversations", "test: 2 of 2 conversations"]
+    assert printed[2] == f"train on it with --config.data.source='{output}'"
+
+    [first, _] = read_source(output, "test")
+    assert first.fields["messages"][1]["content"] == "It is 48/2 = 24.\n#### 24"
+    assert {key: first.fields[key] for key in GSM8K[0]} == GSM8K[0]
+    config = DataConfig(source, "train[2:]", strip_calculator_marks=True, row_length=128)
+    direct = load_rows(config, tokenizer)
+    prepared = load_rows(DataConfig(output, row_length=128), tokenizer)
+    assert prepared.fingerprint == direct.fingerprint
+
+
+def test_prepare_keeps_weights(write_jsonl: Callable[..., str], tmp_path: pathlib.Path) -> None:
+    turns = [{"role": "user", "content": "2 + 2"}, {"role": "assistant", "content": "4"}]
+    source = write_jsonl({"messages": [*turns, turns[0], {**turns[1], "weight": 0.5}], "weight": 4})
+    call(prepare, f"--source={source}", f"--output={tmp_path / 'out'}")
+    [record] = read_source(str(tmp_path / "out"))
+    assert [turn["weight"] for turn in record.fields["messages"]] == [0.0, 4.0, 0.0, 2.0]
+    assert record.fields["weight"] == 1.0
+
+
+def test_prepare_counts_what_it_leaves_out(
+    write_jsonl: Callable[..., str], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_jsonl(*GSM8K, "{", {"question": "?", "answer": ""})
+    arguments = (f"--source={source}", f"--output={tmp_path / 'out'}")
+    with pytest.raises(UserError, match=f"{source}:3: broken JSON"):
+        call(prepare, *arguments)
+    assert not (tmp_path / "out").exists()
+    call(prepare, *arguments, "--on_bad_row=skip")
+    printed = capsys.readouterr().out
+    assert "train: 2 of 4 conversations, 2 bad and skipped\n  1 × broken JSON" in printed
+
+
+def test_prepare_overwrites_nothing(write_jsonl: Callable[..., str], tmp_path: Any) -> None:
+    with pytest.raises(UserError, match="--output: expected a folder that does not exist, got"):
+        call(prepare, f"--source={write_jsonl(*GSM8K)}", f"--output={tmp_path}")
+
+
+def test_prepare_refuses_an_empty_split(write_jsonl: Callable[..., str], tmp_path: Any) -> None:
+    with pytest.raises(UserError, match=r"nothing to write of .*, split train\[:0\]"):
+        call(
+            prepare,
+            f"--source={write_jsonl(*GSM8K)}",
+            f"--output={tmp_path / 'out'}",
+            "--split=train=train[:0]",
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_prepare_asks_for_the_name_of_a_slice(
+    write_jsonl: Callable[..., str], tmp_path: Any
+) -> None:
+    with pytest.raises(UserError, match=r"expected a name, or NAME=SLICE, got 'train\[:5\]'"):
+        call(
+            prepare,
+            f"--source={write_jsonl(*GSM8K)}",
+            f"--output={tmp_path / 'out'}",
+            "--split=train[:5]",
+        )
+
+
+def test_prepare_says_where_it_may_not_write(
+    write_jsonl: Callable[..., str], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(prepare.storage, "write_dataset", refuse)
+    with pytest.raises(UserError, match=r"--output: cannot write to .*: Permission denied"):
+        call(prepare, f"--source={write_jsonl(*GSM8K)}", f"--output={tmp_path / 'out'}")
+
+
+# --- inspect ---
+
+
+def test_inspect_marks_what_is_supervised(
+    write_jsonl: Callable[..., str], folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_jsonl(
+        *GSM8K, {"question": "?", "answer": ""}, {"question": "9" * 999, "answer": "1"}
+    )
+    code = call(
+        inspect,
+        f"--source={source}",
+        f"--model={folder}",
+        "--row_length=128",
+        "--rows=1",
+        "--on_bad_row=skip",
+        "--too_long=drop",
+    )
+    assert code == 0
+    printed = capsys.readouterr().out
+    assert "row 0, conversation 1" in printed
+    assert "<|im_start|>assistant\n⟦It is 48/2 = <<48/2=24>>24.\n#### 24<|im_end|>⟧" in printed
+    counts = {
+        line.rsplit(maxsplit=1)[0].strip(): line.split()[-1]
+        for line in printed.splitlines()
+        if len(line.split()) > 1
+    }
+    assert counts["conversations read"] == "4"
+    assert counts["samples kept"] == "2"
+    assert counts["too long and dropped"] == "1"
+    assert counts["bad and skipped"] == "1"
+    assert counts["message 2: the assistant's answer is empty"] == "1"
+    assert "█" in printed
+
+
+def test_inspect_colours_what_is_supervised(
+    write_jsonl: Callable[..., str], tokenizer: Any
+) -> None:
+    rows = load_rows(DataConfig(write_jsonl(GSM8K[0]), row_length=128), tokenizer)
+    console = Console(force_terminal=True, color_system="standard", width=100, record=True)
+    with console.capture() as captured:
+        inspect.show_rows(console, rows, tokenizer, 1)
+    shown = captured.get()
+    assert "\x1b[32mIt is 48/2" in shown
+    assert "⟦" not in shown
+
+
+def test_inspect_finds_a_model_in_the_cache(
+    write_jsonl: Callable[..., str],
+    cache: pathlib.Path,
+    tokenizer: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tokenizer.save_pretrained(cache / "models" / "toy")
+    source = write_jsonl(*GSM8K)
+    assert call(inspect, f"--source={source}", "--model=toy", "--row_length=128") == 0
+    with pytest.raises(UserError, match="expected a folder with a tokenizer, got none"):
+        call(inspect, f"--source={source}", "--model=none")
+
+
+def test_data_cannot_steer_the_terminal(write_jsonl: Callable[..., str], tokenizer: Any) -> None:
+    row = {"prompt": "\x1b[2J", "completion": "\x1b]0;title\x07"}
+    rows = load_rows(DataConfig(write_jsonl(row), row_length=128), tokenizer)
+    console = Console(force_terminal=True, color_system=None, width=100)
+    with console.capture() as captured:
+        inspect.show_rows(console, rows, tokenizer, 1)
+    assert "\x1b" not in captured.get()
+    assert "⟦\\x1b]0;title\\x07<|im_end|>⟧" in captured.get()
+
+
+# --- flags ---
+
+
+def test_flags_are_the_fields_of_the_config() -> None:
+    parser = argparse.ArgumentParser()
+    add_config_arguments(parser, "source", "packing", "row_length")
+    assert config_from(parser.parse_args([])) == DataConfig()
+    args = parser.parse_args(["--source=100%.jsonl", "--no-packing", "--row_length=64"])
+    assert config_from(args) == DataConfig("100%.jsonl", packing=False, row_length=64)
+    assert "Tokens a row, the T of a batch. [1024]" in parser.format_help()
+
+
+# --- bench ---
+
+
+def test_bench_measures_the_pipeline(
+    write_jsonl: Callable[..., str], folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_jsonl(*GSM8K * 20)
+    assert call(bench, f"--source={source}", f"--model={folder}", "--row_length=128") == 0
+    printed = capsys.readouterr().out
+    assert json.dumps(40) in printed
+    assert "tokenize and pack" in printed
+    result = bench.measure(DataConfig(source, row_length=128), folder, batch_size=4)
+    assert result.conversations == 40
+    assert 0 < result.fill <= 1
+    assert result.prepare_seconds > 0
+    assert result.batch_seconds > 0

@@ -1,0 +1,107 @@
+"""Evaluations kept on disk, so that a second run does not repeat the first one's."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+
+import ranktuner_jax
+from ranktuner_jax.data import Example
+from ranktuner_jax.evals.run import ROW_KEYS, EvalConfig, EvalResult, Progress, RowSource, evaluate
+from ranktuner_jax.models import Decoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["cached_evaluation", "fingerprint"]
+
+
+def cached_evaluation(
+    model: Decoder,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    rows: RowSource,
+    examples: Sequence[Example],
+    config: EvalConfig,
+    model_folder: os.PathLike[str] | str,
+    cache_dir: os.PathLike[str] | str,
+    progress: Progress | None = None,
+) -> tuple[EvalResult, bool]:
+    """`evaluate`, or what it found before for the same model, data and settings.
+
+    The model must be the one in `model_folder`, untouched: the folder's files stand for its
+    parameters (see `fingerprint`).
+
+    Returns:
+      The result, and whether it came from the cache.
+    """
+    if jax.process_count() > 1:
+        # One process must not skip what the others compute together.
+        result = evaluate(
+            model, tokenizer, rows=rows, examples=examples, config=config, progress=progress
+        )
+        return result, False
+    precision = f"{model.dtype} over {model.unembed.dtype}"
+    key = fingerprint(
+        model_folder, precision=precision, rows=rows, examples=examples, config=config
+    )
+    path = pathlib.Path(cache_dir) / "evaluations" / f"{key}.json"
+    try:
+        return EvalResult.from_json(json.loads(path.read_text())), True
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # Absent, or torn by a crash: evaluated again.
+    result = evaluate(
+        model, tokenizer, rows=rows, examples=examples, config=config, progress=progress
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(result.to_json(), indent=1))
+    partial.replace(path)
+    return result, False
+
+
+def fingerprint(
+    model_folder: os.PathLike[str] | str,
+    *,
+    precision: str,
+    rows: RowSource,
+    examples: Sequence[Example],
+    config: EvalConfig,
+) -> str:
+    """A name for an evaluation: equal names, equal results.
+
+    It covers the library's version, the settings, the precision of the arithmetic, every token
+    that is looked at, and the folder's files: small ones by content, large ones (weights) by name,
+    size and time of writing.
+    """
+    settings = dataclasses.asdict(config)
+    del settings["every_steps"]  # When, not what.
+    digest = hashlib.sha256()
+    what = [ranktuner_jax.__version__, precision, settings]
+    digest.update(json.dumps(what, sort_keys=True).encode())
+    for path in sorted(pathlib.Path(model_folder).iterdir()):
+        if path.is_file():
+            stat = path.stat()
+            digest.update(f"{path.name} {stat.st_size} ".encode())
+            small = stat.st_size < 1 << 24
+            digest.update(path.read_bytes() if small else str(stat.st_mtime_ns).encode())
+    for i in range(min(len(rows), config.rows)):
+        for key in ROW_KEYS:
+            digest.update(np.ascontiguousarray(rows[i][key]).tobytes())
+    if config.task:
+        for example in examples[: config.examples]:
+            record = [
+                list(map(int, example.prompt_tokens)),
+                list(map(int, example.completion_tokens)),
+                {key: str(value) for key, value in example.row.items()},
+            ]
+            digest.update(json.dumps(record, sort_keys=True).encode())
+    return digest.hexdigest()[:32]

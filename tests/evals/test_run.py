@@ -1,0 +1,329 @@
+"""What an evaluation counts, and what it remembers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from ranktuner_jax.data import Example
+from ranktuner_jax.errors import UserError
+from ranktuner_jax.evals import (
+    EvalConfig,
+    EvalResult,
+    cache,
+    cached_evaluation,
+    evaluate,
+    fingerprint,
+    generate,
+    stop_ids,
+    wilson_interval,
+)
+from ranktuner_jax.evals import run as run_module
+from ranktuner_jax.models import Decoder
+from tests.tolerances import F32
+
+Row = dict[str, np.ndarray]
+CONFIG = EvalConfig(rows=5, batch_size=2, examples=4, prompts_per_batch=3, max_new_tokens=3)
+
+
+@pytest.fixture
+def rows() -> list[Row]:
+    """Seven rows: two conversations and padding, a third of the real tokens supervised."""
+    rng = np.random.default_rng(0)
+    made = []
+    for _ in range(7):
+        segment_ids = np.repeat(np.int32([1, 2, 0]), [5, 4, 3])
+        made.append(
+            {
+                "tokens": rng.integers(1, 23, 12).astype(np.int32),
+                "labels": rng.integers(1, 23, 12).astype(np.int32),
+                "mask": (rng.random(12) < 0.4) & (segment_ids > 0),
+                "positions": np.concatenate([np.arange(5), np.arange(4), np.arange(3)]).astype(
+                    np.int32
+                ),
+                "segment_ids": segment_ids,
+                "token_weights": rng.random(12).astype(np.float32),
+            }
+        )
+    return made
+
+
+def make_examples(model: Decoder, tokenizer: object, prompts: Sequence[str]) -> list[Example]:
+    """Questions; every second one expects what the model writes, the others nonsense."""
+    tokens = [tokenizer.encode(prompt) for prompt in prompts]  # type: ignore[attr-defined]
+    written = generate(model, tokens, max_new_tokens=3, stop_ids=[0])
+    made = []
+    for i, (prompt, completion) in enumerate(zip(prompts, written, strict=True)):
+        text = tokenizer.decode(completion.tokens, True)  # type: ignore[attr-defined]
+        answer = text if i % 2 == 0 else "nonsense"
+        made.append(
+            Example(
+                index=i,
+                messages=[
+                    {"role": "user", "content": prompt},
+                    {"role": "assistant", "content": answer},
+                ],
+                prompt_tokens=tokens[i],
+                completion_tokens=[*completion.tokens, 0],
+                row={"answer": answer},
+            )
+        )
+    return made
+
+
+@pytest.fixture
+def examples(model: Decoder, tokenizer: object) -> list[Example]:
+    return make_examples(model, tokenizer, ["a1", "b22", "c", "d4", "e55"])
+
+
+def plain_sums(model: Decoder, rows: Sequence[Row]) -> tuple[float, float, int]:
+    """Mean nll, token accuracy and count, row by row in NumPy from the logits."""
+    nll, correct, count = 0.0, 0, 0
+    for row in rows:
+        batch = {key: jnp.asarray(value)[None] for key, value in row.items()}
+        hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"])
+        logits = np.asarray(model.logits(hidden), np.float64)[0]
+        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        for t in np.flatnonzero(row["mask"]):
+            nll -= log_p[t, row["labels"][t]]
+            correct += int(log_p[t].argmax() == row["labels"][t])
+            count += 1
+    return nll / count, correct / count, count
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 64])
+def test_the_likelihood_is_the_plain_mean_over_supervised_tokens(
+    model: Decoder, tokenizer: object, rows: list[Row], batch_size: int
+) -> None:
+    config = dataclasses.replace(CONFIG, batch_size=batch_size)
+    result = evaluate(model, tokenizer, rows=rows, examples=[], config=config)
+    nll, accuracy, count = plain_sums(model, rows[:5])
+    np.testing.assert_allclose(result.nll, nll, **F32)
+    np.testing.assert_allclose(result.token_accuracy, accuracy, **F32)
+    assert result.tokens == count
+    assert result.accuracy is None
+    assert result.accuracy_interval is None
+
+
+def test_answers_are_counted_scored_and_shown(
+    model: Decoder, tokenizer: object, rows: list[Row], examples: list[Example]
+) -> None:
+    config = dataclasses.replace(CONFIG, task="exact", previews=2)
+    result = evaluate(model, tokenizer, rows=rows, examples=examples, config=config)
+    assert (result.questions, result.correct) == (4, 2)
+    assert result.accuracy == 0.5
+    assert [preview.correct for preview in result.previews] == [True, False]
+    assert result.previews[0].question == "a1"
+    assert result.previews[0].completion == examples[0].row["answer"]
+    numbers = result.metrics()
+    assert numbers["accuracy_low"] < 0.5 < numbers["accuracy_high"]
+    assert numbers["perplexity"] == pytest.approx(math.exp(result.nll))
+
+
+def test_without_a_task_nothing_is_sampled(
+    model: Decoder, tokenizer: object, rows: list[Row], examples: list[Example]
+) -> None:
+    result = evaluate(model, tokenizer, rows=rows, examples=examples, config=CONFIG)
+    assert result.questions == 0
+    assert result.previews == ()
+    assert "accuracy" not in result.metrics()
+
+
+def test_progress_reaches_the_number_of_rows_and_questions(
+    model: Decoder, tokenizer: object, rows: list[Row], examples: list[Example]
+) -> None:
+    seen: list[tuple[int, int]] = []
+    evaluate(
+        model,
+        tokenizer,
+        rows=rows,
+        examples=examples,
+        config=dataclasses.replace(CONFIG, task="exact"),
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert seen == [(2, 9), (4, 9), (5, 9), (8, 9), (9, 9)]
+
+
+def test_rows_without_a_supervised_token_are_refused(
+    model: Decoder, tokenizer: object, rows: list[Row]
+) -> None:
+    for row in rows:
+        row["mask"][:] = False
+    with pytest.raises(ValueError, match="the 5 held-out rows have no supervised token"):
+        evaluate(model, tokenizer, rows=rows, examples=[], config=CONFIG)
+
+
+def test_a_second_evaluation_compiles_nothing(
+    model: Decoder, tokenizer: object, rows: list[Row]
+) -> None:
+    evaluate(model, tokenizer, rows=rows, examples=[], config=CONFIG)
+    count = run_module._score_rows._cache_size()
+    other = Decoder(model.config, rngs=nnx.Rngs(1))
+    evaluate(other, tokenizer, rows=rows[::-1], examples=[], config=CONFIG)
+    assert run_module._score_rows._cache_size() == count
+
+
+def test_a_model_on_eight_devices_scores_the_same(
+    model: Decoder, tokenizer: object, rows: list[Row], examples: list[Example]
+) -> None:
+    config = dataclasses.replace(CONFIG, task="exact")
+    expected = evaluate(model, tokenizer, rows=rows, examples=examples, config=config)
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    spread = Decoder(model.config, rngs=nnx.Rngs(0))
+
+    def place(value: jax.Array) -> jax.Array:
+        axes = [None if size % 8 else "fsdp" for size in value.shape]
+        first = axes.index("fsdp") if "fsdp" in axes else len(axes)
+        spec = [axis if i == first else None for i, axis in enumerate(axes)]
+        return jax.device_put(
+            value, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+        )
+
+    nnx.update(spread, jax.tree.map(place, nnx.state(spread)))
+    result = evaluate(spread, tokenizer, rows=rows, examples=examples, config=config)
+    np.testing.assert_allclose(result.nll, expected.nll, **F32)
+    assert (result.correct, result.previews) == (expected.correct, expected.previews)
+
+
+def test_turns_end_at_the_end_of_sequence_and_at_known_markers(tokenizer: object) -> None:
+    assert stop_ids(tokenizer) == [0]  # type: ignore[arg-type]
+
+    class Llama:
+        eos_token_id = None
+
+        def get_added_vocab(self) -> dict[str, int]:
+            return {"<|eot_id|>": 9, "<|end_of_text|>": 7, "<|start_header_id|>": 3}
+
+    assert stop_ids(Llama()) == [7, 9]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("correct", "total"), [(0, 10), (10, 10), (3, 7), (100, 256)])
+def test_the_interval_is_where_the_score_test_turns(correct: int, total: int) -> None:
+    share = correct / total
+    for bound in wilson_interval(correct, total):
+        variance = bound * (1 - bound) / total
+        assert (share - bound) ** 2 == pytest.approx(1.959964**2 * variance, abs=1e-12)
+
+
+@pytest.mark.parametrize(("correct", "total"), [(-1, 5), (6, 5), (0, 0)])
+def test_an_impossible_share_is_refused(correct: int, total: int) -> None:
+    with pytest.raises(ValueError, match="expected 0 <= correct <= total"):
+        wilson_interval(correct, total)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task": "sums"}, r"eval\.task: expected one of chain_sum"),
+        ({"rows": 0}, r"eval\.rows: expected at least 1, got 0"),
+        ({"every_steps": -1}, r"eval\.every_steps: expected at least 0, got -1"),
+    ],
+)
+def test_impossible_settings_are_the_users_mistake(options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        EvalConfig(**options)
+
+
+@pytest.fixture
+def folder(tmp_path: pathlib.Path) -> pathlib.Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    # Sparse, and large enough to count as weights.
+    with (folder / "model.safetensors").open("wb") as file:
+        file.truncate(1 << 25)
+    return folder
+
+
+def test_a_cached_evaluation_is_found_again(
+    model: Decoder,
+    tokenizer: object,
+    rows: list[Row],
+    examples: list[Example],
+    folder: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = {
+        "rows": rows,
+        "examples": examples,
+        "config": dataclasses.replace(CONFIG, task="exact"),
+        "model_folder": folder,
+        "cache_dir": tmp_path / "cache",
+    }
+    first, was_cached = cached_evaluation(model, tokenizer, **options)
+    assert not was_cached
+    [path] = (tmp_path / "cache" / "evaluations").iterdir()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "evaluate", lambda *_, **__: pytest.fail("evaluated twice"))
+        assert cached_evaluation(model, tokenizer, **options) == (first, True)
+
+    path.write_text(path.read_text()[:40])
+    again, was_cached = cached_evaluation(model, tokenizer, **options)
+    assert not was_cached
+    assert dataclasses.replace(again, seconds=0) == dataclasses.replace(first, seconds=0)
+    assert EvalResult.from_json(json.loads(path.read_text())) == again
+
+
+def test_several_processes_evaluate_together_and_keep_nothing(
+    model: Decoder,
+    tokenizer: object,
+    rows: list[Row],
+    folder: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cache, "evaluate", lambda *_, **__: "evaluated")
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    options = {"rows": rows, "examples": [], "config": CONFIG}
+    found = cached_evaluation(
+        model, tokenizer, **options, model_folder=folder, cache_dir=tmp_path / "cache"
+    )
+    assert found == ("evaluated", False)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_fingerprint_changes_with_all_that_is_looked_at_and_nothing_else(
+    model: Decoder,
+    tokenizer: object,
+    rows: list[Row],
+    examples: list[Example],
+    folder: pathlib.Path,
+) -> None:
+    config = dataclasses.replace(CONFIG, task="exact")
+    precision = "float32"
+
+    def name() -> str:
+        return fingerprint(folder, precision=precision, rows=rows, examples=examples, config=config)
+
+    base = name()
+    assert name() == base
+    rows[6]["tokens"][0] += 1  # Beyond config.rows.
+    config = dataclasses.replace(config, every_steps=7)
+    assert name() == base
+
+    seen = [base]
+    rows[4]["mask"][0] ^= True
+    seen.append(name())
+    examples[3].row["answer"] = "other"
+    seen.append(name())
+    config = dataclasses.replace(config, max_new_tokens=4)
+    seen.append(name())
+    precision = "bfloat16"
+    seen.append(name())
+    (folder / "config.json").write_text("[]")
+    seen.append(name())
+    os.utime(folder / "model.safetensors", (1, 1))
+    seen.append(name())
+    assert len(set(seen)) == len(seen)

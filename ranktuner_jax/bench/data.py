@@ -1,0 +1,102 @@
+"""Measure how fast conversations become batches: tokens a second, and how full the rows are.
+
+ranktuner bench data --source=gsm_symbolic --row_length=1024
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import time
+
+from rich.console import Console
+from rich.table import Table
+
+from ranktuner_jax import data, models
+from ranktuner_jax.data.options import add_config_arguments, config_from
+
+__all__ = ["Measurement", "add_arguments", "measure", "run"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """Speed of the input pipeline.
+
+    Attributes:
+      conversations: Conversations read.
+      tokens: Positions that hold a token.
+      fill: Share of the positions of all rows that do.
+      prepare_seconds: Reading, rendering, tokenizing and packing, once before training.
+      batch_seconds: Assembling all rows into batches, as training does each epoch.
+    """
+
+    conversations: int
+    tokens: int
+    fill: float
+    prepare_seconds: float
+    batch_seconds: float
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `ranktuner bench data`."""
+    parser.add_argument("--model", default="smollm2-135m", help="whose tokenizer [%(default)s]")
+    parser.add_argument("--batch_size", type=int, default=16, help="rows a batch [%(default)s]")
+    add_config_arguments(
+        parser,
+        "source",
+        "split",
+        "strip_calculator_marks",
+        "row_length",
+        "packing",
+        "on_bad_row",
+        "too_long",
+    )
+    parser.set_defaults(source="gsm_symbolic")
+
+
+def measure(config: data.DataConfig, model: str, batch_size: int) -> Measurement:
+    """Times one pass over a data set that is already on disk.
+
+    Args:
+      config: What to read, and how to lay it out.
+      model: A Hugging Face folder or a name, whose tokenizer is used.
+      batch_size: Rows a batch.
+
+    Raises:
+      UserError: If the model or the data set is not there.
+    """
+    tokenizer = data.load_tokenizer(models.resolve(model))
+    # A built-in source is generated at its first use; that is no part of the pipeline.
+    next(data.read_source(config.source, config.split), None)
+    start = time.perf_counter()
+    rows = data.load_rows(config, tokenizer)
+    packed = time.perf_counter()
+    iterator = data.BatchIterator(rows, batch_size=batch_size)
+    for _ in range(-(-len(rows) // batch_size)):
+        next(iterator)
+    batched = time.perf_counter()
+    return Measurement(
+        conversations=rows.summary.read,
+        tokens=rows.summary.tokens,
+        fill=rows.summary.fill,
+        prepare_seconds=packed - start,
+        batch_seconds=batched - packed,
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the measurement."""
+    result = measure(config_from(args), args.model, args.batch_size)
+    table = Table(box=None, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    table.add_row("cores", f"{cores}")
+    table.add_row("conversations", f"{result.conversations:,}")
+    table.add_row("tokens", f"{result.tokens:,}")
+    table.add_row("rows filled", f"{result.fill:.1%}")
+    table.add_row("tokenize and pack", f"{result.tokens / result.prepare_seconds:,.0f} tokens/s")
+    table.add_row("assemble batches", f"{result.tokens / result.batch_seconds:,.0f} tokens/s")
+    Console(highlight=False).print(table)
+    return 0

@@ -1,0 +1,218 @@
+"""Measure the decoder: a forward and backward pass beside transformers + torch, and loading.
+
+ranktuner bench model --batch_size=16 --length=64
+ranktuner bench model --loading=1000
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import math
+import pathlib
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType
+from rich.console import Console
+from rich.table import Table
+
+from ranktuner_jax import models
+from ranktuner_jax.models.hf import tensor_names
+
+__all__ = ["Measurement", "add_arguments", "measure", "measure_loading", "run"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """One forward and backward pass of the decoder, without the unembedding.
+
+    Attributes:
+      name: Library, arithmetic and recomputation.
+      seconds: The fastest of the repeats.
+      temp_bytes: Memory that XLA needs beside parameters and gradients; None for torch.
+    """
+
+    name: str
+    seconds: float
+    temp_bytes: int | None = None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `ranktuner bench model`."""
+    parser.add_argument("--model", default="smollm2-135m", help="name or folder [%(default)s]")
+    parser.add_argument("--batch_size", type=int, default=16, help="rows [%(default)s]")
+    parser.add_argument("--length", type=int, default=64, help="tokens a row [%(default)s]")
+    parser.add_argument("--repeats", type=int, default=3, help="the fastest counts [%(default)s]")
+    parser.add_argument(
+        "--loading",
+        type=int,
+        metavar="MB",
+        help="instead, measure the host memory that loading a random checkpoint of MB takes",
+    )
+
+
+def measure(
+    model: str, *, batch_size: int, length: int, repeats: int, dtype: str, remat: str
+) -> Measurement:
+    """Times value and gradient of a linear function of the hidden states."""
+    tokens, cotangent = _batch(models.resolve(model), batch_size, length)
+    decoder = models.load_pretrained(model, dtype=dtype, remat=remat)
+    graph, params = nnx.split(decoder, nnx.Param)
+
+    def objective(params: nnx.State) -> jax.Array:
+        return jnp.sum(
+            nnx.merge(graph, params)(jnp.asarray(tokens)).astype(jnp.float32) * cotangent
+        )
+
+    step = jax.jit(jax.value_and_grad(objective)).lower(params).compile()
+    seconds = _fastest(lambda: jax.block_until_ready(step(params)), repeats)
+    memory = step.memory_analysis()
+    temp = None if memory is None else memory.temp_size_in_bytes
+    return Measurement(f"ranktuner_jax, {dtype}, remat {remat}", seconds, temp)
+
+
+def _measure_torch(model: str, *, batch_size: int, length: int, repeats: int) -> Measurement:
+    import torch
+    import transformers
+
+    folder = models.resolve(model)
+    tokens, cotangent = map(torch.tensor, _batch(folder, batch_size, length))
+    decoder = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32)
+
+    def step() -> None:
+        decoder.zero_grad()
+        hidden = decoder(tokens.long(), use_cache=False).last_hidden_state
+        (hidden * cotangent).sum().backward()
+
+    return Measurement("transformers + torch, float32", _fastest(step, repeats))
+
+
+def _batch(folder: pathlib.Path, batch_size: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    config = models.read_config(folder)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, config.vocab_size, (batch_size, length)).astype(np.int32)
+    return tokens, rng.normal(size=(*tokens.shape, config.hidden_size)).astype(np.float32)
+
+
+def _fastest(step: Callable[[], Any], repeats: int) -> float:
+    step()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def measure_loading(megabytes: int) -> tuple[float, float, float]:
+    """Anonymous host memory of `load_pretrained`, in MB, over all devices of this process.
+
+    Returns:
+      What the loaded model keeps, the peak while it was loaded, and what the peak may
+      exceed the former by: one shard of the largest stacked parameter and one tensor.
+    """
+    layer = 512 * 512 * 4 + 512 * 2048 * 3
+    config = models.DecoderConfig(
+        vocab_size=1024,
+        hidden_size=512,
+        intermediate_size=2048,
+        num_layers=max(1, round(megabytes * 1e6 / (2 * layer))),
+        num_heads=8,
+        num_kv_heads=8,
+    )
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        config.to_hf().save_pretrained(folder)
+        _write_random(config, folder / "model.safetensors")
+        devices = jax.devices()
+        mesh = jax.make_mesh((len(devices),), ("fsdp",), axis_types=(AxisType.Auto,))
+        jax.block_until_ready(jax.device_put(np.zeros(8), devices[-1]))
+        before = _anonymous()
+        with _peak() as peak:
+            model = models.load_pretrained(folder, mesh=mesh, param_dtype=jnp.bfloat16)
+        kept = _anonymous() - before
+    shard = max(
+        x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(nnx.state(model, nnx.Param))
+    )
+    tensor = max(2 * math.prod(shape) for _, _, shape in tensor_names(config).values())
+    return kept / 1e6, (peak[0] - before) / 1e6, (shard + tensor) / 1e6
+
+
+def _write_random(config: models.DecoderConfig, file: pathlib.Path) -> None:
+    # By hand and a tensor at a time: what a writer had allocated and freed would hide
+    # what the reader allocates.
+    header: dict[str, dict[str, Any]] = {}
+    offset = 0
+    for name, (_, _, shape) in tensor_names(config).items():
+        size = 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": (offset, offset + size)}
+        offset += size
+    text = json.dumps(header).encode()
+    rng = np.random.default_rng(0)
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for entry in header.values():
+            out.write(rng.bytes(2 * math.prod(entry["shape"])))
+
+
+def _anonymous() -> int:
+    status = pathlib.Path("/proc/self/status").read_text()
+    return 1024 * int(next(x for x in status.splitlines() if x.startswith("RssAnon")).split()[1])
+
+
+@contextlib.contextmanager
+def _peak() -> Iterator[list[int]]:
+    peak, done = [_anonymous()], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.001):
+            peak[0] = max(peak[0], _anonymous())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        thread.join()
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the table, and returns the exit code."""
+    console = Console()
+    if args.loading:
+        kept, peak, bound = measure_loading(args.loading)
+        console.print(
+            f"{jax.device_count()} devices: kept {kept:.0f} MB, peak {peak:.0f} MB: "
+            f"{peak - kept:.0f} MB beside the model, of {bound:.0f} MB allowed"
+        )
+        return 0
+    size = {"batch_size": args.batch_size, "length": args.length, "repeats": args.repeats}
+    rows = []
+    if importlib.util.find_spec("torch") is None:
+        console.print("torch is not installed (extra `parity`): no comparison")
+    else:
+        rows.append(_measure_torch(args.model, **size))
+    for dtype in ("float32", "bfloat16"):
+        for remat in models.REMAT_POLICIES:
+            rows.append(measure(args.model, **size, dtype=dtype, remat=remat))
+    table = Table(title=f"forward and backward, {args.batch_size} rows of {args.length} tokens")
+    for column in ("", "s", "× first row", "temp GB"):
+        table.add_column(column, justify="right" if column else "left")
+    for row in rows:
+        temp = "" if row.temp_bytes is None else f"{row.temp_bytes / 1e9:.2f}"
+        ratio = f"{row.seconds / rows[0].seconds:.2f}"
+        table.add_row(row.name, f"{row.seconds:.2f}", ratio, temp)
+    console.print(table)
+    return 0

@@ -1,0 +1,107 @@
+"""The command `ranktuner`: it finds the sub-command, reads its flags and makes one call."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Iterable, Sequence
+from typing import NoReturn
+
+from ranktuner_jax.errors import UserError
+
+__all__ = ["main"]
+
+# Command -> (module with add_arguments and run, what it does). A module is imported only when
+# its command is called, so that `ranktuner --help` answers at once.
+COMMANDS = {
+    "train": ("ranktuner_jax.train.command", "fine-tune a model, evaluated before and after"),
+    "eval": ("ranktuner_jax.train.evaluate", "evaluate a model on held-out conversations"),
+    "export": ("ranktuner_jax.train.export", "write a run's checkpoint as a Hugging Face folder"),
+    "data prepare": ("ranktuner_jax.data.prepare", "write a data set where training finds it"),
+    "data inspect": ("ranktuner_jax.data.inspect", "show what the model sees of a data set"),
+    "bench loss": ("ranktuner_jax.bench.loss", "time and memory of the losses"),
+    "bench model": ("ranktuner_jax.bench.model", "time and memory of the model"),
+    "bench data": ("ranktuner_jax.bench.data", "speed of the input pipeline"),
+}
+
+USER_MISTAKE = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line.
+
+    Args:
+      argv: The arguments; those of the process by default.
+
+    Returns:
+      The exit code: 0 finished, 2 the user's mistake (said in one line on standard error),
+      75 preempted and saved. Anything else is raised.
+
+    Example:
+      >>> main(["--help"])
+      usage: ranktuner COMMAND [options]
+      ...
+      0
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(argv)
+    except UserError as error:
+        print(f"ranktuner: {error}", file=sys.stderr)
+        return USER_MISTAKE
+
+
+def _dispatch(argv: list[str]) -> int:
+    name = next((n for n in (" ".join(argv[:2]), " ".join(argv[:1])) if n in COMMANDS), None)
+    if name is None:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(_usage())
+            return 0
+        group = [name for name in COMMANDS if name.split()[0] == argv[0]]
+        if group and argv[1:] in (["-h"], ["--help"]):
+            print(_usage(group))
+            return 0
+        raise UserError(
+            f"expected a command ({', '.join(group or COMMANDS)}), got {' '.join(argv[:2])!r}; "
+            "see ranktuner --help"
+        )
+    module = importlib.import_module(COMMANDS[name][0])
+    parser = _Parser(
+        prog=f"ranktuner {name}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module.add_arguments(parser)
+    arguments = argv[len(name.split()) :]
+    if {"-h", "--help"} & set(arguments):
+        print(parser.format_help())
+        return 0
+    args, rest = parser.parse_known_args(arguments)
+    if rest and not hasattr(args, "overrides"):
+        raise UserError(f"unknown argument {rest[0]!r}; see ranktuner {name} --help")
+    args.overrides = rest  # "--config.key=value", for the commands that have a config.
+    return module.run(args)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def _usage(names: Iterable[str] = COMMANDS) -> str:
+    lines = [f"  {name:<14}{COMMANDS[name][1]}" for name in names]
+    return "\n".join(
+        [
+            "usage: ranktuner COMMAND [options]",
+            "",
+            *lines,
+            "",
+            "ranktuner COMMAND --help says more.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

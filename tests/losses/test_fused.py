@@ -1,5 +1,7 @@
 """The fused loss against the dense one."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from ranktuner_jax import losses
 from tests import oracles
 from tests.losses.problems import (
+    CLASSES,
     METHODS,
     Problem,
     assert_same_gradients,
@@ -18,7 +21,16 @@ from tests.losses.problems import (
     make_weighting,
     method_id,
 )
-from tests.tolerances import BF16_GRADIENT, EXACT_SCALE, EXPECTED_RANK, F64, LARGE_VOCAB_GRADIENT
+from tests.tolerances import (
+    BF16_GRADIENT,
+    EXACT_GRADIENT,
+    EXACT_SCALE,
+    EXPECTED_RANK,
+    F32,
+    F64,
+    LARGE_VOCAB_GRADIENT,
+    LOSS_GRADIENT,
+)
 
 PROBLEM = make_problem(3, 12)
 LONG = make_problem(2, 75, seed=3)
@@ -312,3 +324,53 @@ def test_gradients_of_a_model_under_checkpoint_scan_and_vmap():
     assert_same_gradients(by_micro_batches(params), expected)
     each = jax.jit(jax.vmap(jax.grad(fused), in_axes=(None, 0, 0, 0)))(params, *batch)
     assert_same_gradients(jax.tree.map(lambda g: g.sum(0), each), expected)
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    """Runs the form for GPUs and TPUs, one tile and shared sums, which CPUs never choose."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *xs, cpu, default: default(*xs))
+
+
+@pytest.mark.usefixtures("accelerator")
+@pytest.mark.parametrize("method", CLASSES, ids=method_id)
+def test_the_form_for_accelerators_matches_dense(method):
+    exact = method[1].get("scale") == "exact"
+    problem = make_problem(3, 30, vocab=2049, seed=2)
+    (output, grads), (expected, expected_grads) = both(
+        problem, chunk_size=64, weighting=make_weighting(method)
+    )
+    assert_same_sums(
+        # A histogram bin is no sum that a small error moves little.
+        *(dataclasses.replace(o, metrics=_without_histogram(o)) for o in (output, expected)),
+        **(EXACT_SCALE if exact else F32),
+    )
+    assert_same_gradients(grads, expected_grads, **(EXACT_GRADIENT if exact else LOSS_GRADIENT))
+
+
+def _without_histogram(output):
+    return {k: v for k, v in output.metrics.items() if k != "weight_histogram"}
+
+
+@pytest.mark.usefixtures("accelerator")
+def test_the_form_for_accelerators_with_cap_bias_and_padding(rng):
+    bias = (rng.integers(-16, 16, 53) / 8).astype(np.float32)
+    assert_fused_is_dense(PROBLEM, chunk_size=7, bias=bias, logit_cap=30.0)
+    within = dataclasses.replace(PROBLEM, labels=np.minimum(PROBLEM.labels, 49))
+    assert_fused_is_dense(within, chunk_size=7, vocab_size=50)
+
+
+def test_a_cap_over_several_tiles_keeps_the_ranks():
+    problem = make_problem(3, 12, vocab=4999, seed=2)
+    logits = 30 * jnp.tanh(jnp.asarray(problem.logits) / 30)
+    stats = losses.fused_token_stats(*problem.inputs[:3], chunk_size=7, logit_cap=30.0)
+    np.testing.assert_allclose(stats.nll, losses.token_stats(logits, problem.labels).nll, **F32)
+    # Capped logits of other tokens may round to the label's, or from it; the label's own may not.
+    above = np.sum(logits > label_logits(logits, problem.labels) + 1e-5, axis=-1)
+    near = np.sum(logits >= label_logits(logits, problem.labels) - 1e-5, axis=-1)
+    assert np.all(stats.rank >= above + 1)
+    assert np.all(stats.rank <= near)
+
+
+def label_logits(logits, labels):
+    return np.take_along_axis(np.asarray(logits), labels[..., None], axis=-1)

@@ -8,11 +8,8 @@ import math
 import os
 import pathlib
 import shutil
-import signal
 import sys
-import threading
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -25,9 +22,11 @@ from ranktuner_jax import data, evals, models
 from ranktuner_jax.errors import UserError
 from ranktuner_jax.train.checkpoint import Checkpoints, claim_workdir
 from ranktuner_jax.train.config import TrainConfig, to_dict
+from ranktuner_jax.train.preemption import stop_notice
 from ranktuner_jax.train.sharding import check_batch, make_mesh, place_batch
 from ranktuner_jax.train.state import init_state, make_optimizer
 from ranktuner_jax.train.step import make_train_step
+from ranktuner_jax.train.telemetry import StepLog, prefixed
 from ranktuner_jax.train.writer import Writer
 
 __all__ = ["FINISHED", "PREEMPTED", "train_and_evaluate"]
@@ -85,7 +84,7 @@ def train_and_evaluate(config: TrainConfig, workdir: str | os.PathLike[str]) -> 
 
         before = held_out.before(model, writer)
         if start == 0:
-            writer.write(0, _prefixed("eval", before.metrics()))
+            writer.write(0, prefixed("eval", before.metrics()))
 
         state = init_state(model, make_optimizer(config.optimizer, steps), mesh)
         del model
@@ -103,8 +102,8 @@ def train_and_evaluate(config: TrainConfig, workdir: str | os.PathLike[str]) -> 
 
         step_fn = make_train_step(config, steps, mesh, state)
         compiled = None
-        log = _StepLog(writer, steps, config.train.log_every)
-        with _stop_notice() as stop:
+        log = StepLog(writer, steps, config.train.log_every)
+        with stop_notice() as stop:
             for step in range(start + 1, steps + 1):
                 rows_of_step = next(batches)
                 batch = place_batch(mesh, rows_of_step, config.train.accumulation)
@@ -119,7 +118,7 @@ def train_and_evaluate(config: TrainConfig, workdir: str | os.PathLike[str]) -> 
                 if _due(step, config.eval.every_steps) and not last:
                     log.read()
                     now = held_out.evaluate(state.apply_fn(state.params), writer)
-                    writer.write(step, _prefixed("eval", now.metrics()))
+                    writer.write(step, prefixed("eval", now.metrics()))
                     log.restart_clock()
                 if _due(step, config.checkpoint.every_steps) or last or stopping:
                     log.read()  # A state is saved only once it is known to be finite.
@@ -134,7 +133,7 @@ def train_and_evaluate(config: TrainConfig, workdir: str | os.PathLike[str]) -> 
         model = state.apply_fn(state.params)
         del state  # With it goes the optimizer's share of the memory.
         after = held_out.evaluate(model, writer)
-        writer.write(steps, _prefixed("eval", after.metrics()))
+        writer.write(steps, prefixed("eval", after.metrics()))
         exported = workdir / "model"
         if jax.process_index() == 0:
             # Left by a run that was killed before it could write its result.
@@ -206,78 +205,6 @@ class _HeldOut:
         )
 
 
-class _StepLog:
-    """Reads the metrics of a step once the next one is under way, so that no device waits."""
-
-    def __init__(self, writer: Writer, steps: int, every: int) -> None:
-        self._writer, self._steps, self._every = writer, steps, every
-        self._held: tuple[int, Mapping[str, jax.Array], Any] | None = None
-        self._clock = time.perf_counter()
-        self._step_times: list[float] = []
-
-    def restart_clock(self) -> None:
-        """What happened since the last step is no part of the next one's time."""
-        self._clock = time.perf_counter()
-
-    def read_previous_then_hold(
-        self, step: int, metrics: Mapping[str, jax.Array], row_index: Any
-    ) -> None:
-        """Reads the step before; keeps this one's metrics, which are still being computed."""
-        self.read()
-        self._held = (step, metrics, row_index)
-
-    def read(self) -> None:
-        """Waits for the step that is held, and writes what it says."""
-        if self._held is None:
-            return
-        (step, arrays, row_index), self._held = self._held, None
-        numbers = {name: float(value) for name, value in jax.device_get(arrays).items()}
-        now = time.perf_counter()
-        seconds, self._clock = now - self._clock, now
-        self._step_times = [*self._step_times[-19:], seconds]
-        if numbers.pop("nonfinite"):
-            raise FloatingPointError(
-                f"step {step}: expected a finite loss and gradient, got loss {numbers['loss']} and "
-                f"gradient norm {numbers['grad_norm']}; the parameters are those of step "
-                f"{step - 1}, the rows of the data set were {row_index.tolist()}"
-            )
-        tokens, supervised = numbers.pop("tokens"), numbers.pop("supervised_tokens")
-        numbers |= {
-            "tokens_per_second": tokens / seconds,
-            "supervised_tokens_per_second": supervised / seconds,
-            "step_seconds": seconds,
-        }
-        if step % self._every == 0 or step in (1, self._steps):
-            self._writer.write(step, _prefixed("train", numbers))
-            mean = sum(self._step_times) / len(self._step_times)
-            self._writer.progress(
-                step,
-                loss=numbers["loss"],
-                nll=numbers["nll"],
-                speed=tokens / seconds,
-                left=mean * (self._steps - step),
-            )
-
-
-@contextlib.contextmanager
-def _stop_notice() -> Iterator[threading.Event]:
-    """An event that SIGTERM or the first Ctrl-C sets; the second acts as ever."""
-    event = threading.Event()
-    previous: dict[int, Any] = {}
-
-    def handler(number: int, frame: Any) -> None:
-        event.set()
-        signal.signal(number, previous[number])
-
-    if threading.current_thread() is threading.main_thread():
-        previous = {n: signal.signal(n, handler) for n in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield event
-    finally:
-        for number, before in previous.items():
-            signal.signal(number, before)
-
-
 def _count_steps(config: TrainConfig, rows: int) -> int:
     if config.train.batch_size > rows:
         raise UserError(
@@ -297,11 +224,6 @@ def _devices(mesh: jax.sharding.Mesh) -> str:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _prefixed(group: str, numbers: Mapping[str, float]) -> dict[str, float]:
-    """Names such as "train/nll"; those that have a group of their own keep it."""
-    return {name if "/" in name else f"{group}/{name}": value for name, value in numbers.items()}
 
 
 def _show(result: Mapping[str, Any]) -> None:

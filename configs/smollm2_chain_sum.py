@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
                 "remat": "full",
                 "compute_dtype": "bfloat16",
             },
-            "checkpoint": {"every_steps": 50},
+            "checkpoint": {"every_steps": 50, "asynchronous": False},
             "eval": {"task": "chain_sum", "rows": 54, "examples": 256},
         }
     )

@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
             "loss": {"weighting": "ranktuner", "options": {"base": "one", "scale": "bound"}},
             "optimizer": {"learning_rate": 1e-4},
             "train": {"steps": 100, "batch_size": 4, "remat": "full"},
-            "checkpoint": {"every_steps": 20},
+            "checkpoint": {"every_steps": 20, "asynchronous": False},
             "eval": {
                 "task": "gsm_symbolic",
                 "rows": 64,

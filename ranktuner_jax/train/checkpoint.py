@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import pathlib
 import tempfile
 from collections.abc import Callable, Mapping
@@ -19,6 +20,8 @@ from ranktuner_jax.train.config import CheckpointConfig, TrainConfig, difference
 __all__ = ["Checkpoints", "claim_workdir"]
 
 _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "ranktuner-jax")
+# What is compressed and written at once: without a limit it is all of the state.
+_WRITE_GIGABYTES = 0.25
 
 
 def claim_workdir(workdir: pathlib.Path, config: TrainConfig) -> Callable[[], None]:
@@ -71,17 +74,28 @@ class Checkpoints:
       workdir: The folder of the run; checkpoints lie in its `checkpoints`.
       config: When to save and what to keep.
       run: The config of the run, saved with each checkpoint.
+      params: The parameters, or their shapes and shardings: no array of the state is larger.
     """
 
     def __init__(
-        self, workdir: pathlib.Path, config: CheckpointConfig, run: Mapping[str, Any]
+        self, workdir: pathlib.Path, config: CheckpointConfig, run: Mapping[str, Any], params: Any
     ) -> None:
         self.folder = workdir.absolute() / "checkpoints"
         self._run = {"config": run, "versions": _versions()}
+        # Orbax refuses an array that is larger than the limit.
+        largest = max(map(_shard_bytes, jax.tree.leaves(params)))
+        gigabytes = max(_WRITE_GIGABYTES, 1.01e-9 * largest)
         self._manager = ocp.CheckpointManager(
             self.folder,
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(save_concurrent_gb=gigabytes),
+                "data": ocp.JsonCheckpointHandler(),
+                "run": ocp.JsonCheckpointHandler(),
+            },
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=config.keep_last, keep_period=config.keep_every or None
+                max_to_keep=config.keep_last,
+                keep_period=config.keep_every or None,
+                enable_async_checkpointing=config.asynchronous,
             ),
         )
 
@@ -138,6 +152,13 @@ class Checkpoints:
 def _arrays(state: TrainState) -> dict[str, Any]:
     """What of a state is saved: its arrays, not its functions."""
     return {"step": state.step, "params": state.params, "opt_state": state.opt_state}
+
+
+def _shard_bytes(array: jax.Array | jax.ShapeDtypeStruct) -> int:
+    """The bytes that one device holds of an array."""
+    shape = array.sharding.shard_shape(array.shape) if array.sharding else array.shape
+    # Moments and accumulators are never wider than float32.
+    return math.prod(shape) * max(4, array.dtype.itemsize)
 
 
 def _versions() -> dict[str, str]:

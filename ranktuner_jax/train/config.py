@@ -189,11 +189,14 @@ class CheckpointConfig:
       every_steps: Steps between two checkpoints; 0 saves at the end only.
       keep_last: Newest checkpoints that are kept.
       keep_every: Checkpoints at multiples of this step are kept for good; 0 for none.
+      asynchronous: Writes while training goes on; this takes a second copy of the state, in the
+        host's memory.
     """
 
     every_steps: int = 0
     keep_last: int = 1
     keep_every: int = 0
+    asynchronous: bool = True
 
     def __post_init__(self) -> None:
         _at_least("checkpoint.every_steps", self.every_steps, 0)

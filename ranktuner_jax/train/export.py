@@ -10,6 +10,8 @@ import argparse
 import os
 import pathlib
 
+from flax import nnx
+
 from ranktuner_jax import models
 from ranktuner_jax.errors import UserError
 from ranktuner_jax.train.checkpoint import Checkpoints
@@ -57,7 +59,9 @@ def export(
     folder = models.resolve(config.model)
     mesh = make_mesh(config.mesh)
     model = models.load_pretrained(folder, mesh=mesh)
-    checkpoints = Checkpoints(workdir, config.checkpoint, run=to_dict(config))
+    checkpoints = Checkpoints(
+        workdir, config.checkpoint, run=to_dict(config), params=nnx.state(model, nnx.Param)
+    )
     try:
         known = checkpoints.steps
         step = max(known, default=None) if step is None else step

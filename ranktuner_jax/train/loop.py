@@ -74,12 +74,13 @@ def train_and_evaluate(config: TrainConfig, workdir: str | os.PathLike[str]) -> 
     claim()
 
     with contextlib.ExitStack() as stack:
-        checkpoints = Checkpoints(workdir, config.checkpoint, run=to_dict(config))
+        params = nnx.state(model, nnx.Param)
+        checkpoints = Checkpoints(workdir, config.checkpoint, run=to_dict(config), params=params)
         stack.callback(checkpoints.close)
         start = max(checkpoints.steps, default=0)
         writer = stack.enter_context(Writer(workdir, start, steps))
-        parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
-        writer.say(f"model: {config.model}, {parameters:,} parameters, {_devices(mesh)}")
+        size = sum(leaf.size for leaf in jax.tree.leaves(params))
+        writer.say(f"model: {config.model}, {size:,} parameters, {_devices(mesh)}")
         writer.say(f"data: {rows.summary}")
 
         before = held_out.before(model, writer)
@@ -87,7 +88,7 @@ def train_and_evaluate(config: TrainConfig, workdir: str | os.PathLike[str]) -> 
             writer.write(0, prefixed("eval", before.metrics()))
 
         state = init_state(model, make_optimizer(config.optimizer, steps), mesh)
-        del model
+        del model, params
         share = {
             "batch_size": config.train.batch_size,
             "seed": config.seed,

@@ -11,7 +11,13 @@ import pytest
 from flax.training.train_state import TrainState
 
 from ranktuner_jax.errors import UserError
-from ranktuner_jax.train import CheckpointConfig, Checkpoints, TrainConfig, claim_workdir
+from ranktuner_jax.train import (
+    CheckpointConfig,
+    Checkpoints,
+    TrainConfig,
+    checkpoint,
+    claim_workdir,
+)
 
 
 def make_state(value: float) -> TrainState:
@@ -21,13 +27,16 @@ def make_state(value: float) -> TrainState:
     return state.replace(step=jnp.asarray(int(value), jnp.int32))
 
 
+PARAMS = make_state(0.0).params
+
+
 def test_a_state_comes_back_with_its_data_position(tmp_path: pathlib.Path) -> None:
-    checkpoints = Checkpoints(tmp_path, CheckpointConfig(), run={"seed": 7})
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(), run={"seed": 7}, params=PARAMS)
     checkpoints.save(3, make_state(3.0), {"next_row": 48})
     checkpoints.wait()
     checkpoints.close()
 
-    again = Checkpoints(tmp_path, CheckpointConfig(), run={"seed": 7})
+    again = Checkpoints(tmp_path, CheckpointConfig(), run={"seed": 7}, params=PARAMS)
     assert again.steps == [3]
     fresh = make_state(0.0)
     restored, position = again.restore(fresh, 3)
@@ -48,7 +57,7 @@ def test_what_is_saved_is_the_state_at_that_moment(tmp_path: pathlib.Path) -> No
     # Large enough that writing is still under way while the donated buffers are filled anew.
     overwrite = jax.jit(lambda params: jax.tree.map(jnp.negative, params), donate_argnums=0)
     state = make_state(3.0).replace(params={"w": jnp.full((1 << 22,), 3.0)})
-    checkpoints = Checkpoints(tmp_path, CheckpointConfig(), run={})
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(), run={}, params=state.params)
     checkpoints.save(3, state, {})
     changed = overwrite(state.params)
     for _ in range(3):
@@ -59,9 +68,23 @@ def test_what_is_saved_is_the_state_at_that_moment(tmp_path: pathlib.Path) -> No
     np.testing.assert_array_equal(np.asarray(restored.params["w"]), np.full(1 << 22, 3.0))
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_an_array_larger_than_what_is_written_at_once_is_saved(
+    asynchronous: bool, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "_WRITE_GIGABYTES", 1e-9)
+    state, config = make_state(3.0), CheckpointConfig(asynchronous=asynchronous)
+    checkpoints = Checkpoints(tmp_path, config, run={}, params=state.params)
+    checkpoints.save(3, state, {})
+    checkpoints.wait()
+    restored, _ = checkpoints.restore(make_state(0.0), 3)
+    checkpoints.close()
+    np.testing.assert_array_equal(np.asarray(restored.params["w"]), np.asarray(state.params["w"]))
+
+
 def test_the_newest_and_every_nth_are_kept(tmp_path: pathlib.Path) -> None:
     config = CheckpointConfig(keep_last=2, keep_every=4)
-    checkpoints = Checkpoints(tmp_path, config, run={})
+    checkpoints = Checkpoints(tmp_path, config, run={}, params=PARAMS)
     for step in range(1, 8):
         checkpoints.save(step, make_state(float(step)), {"next_row": step})
         checkpoints.save(step, make_state(0.0), {"next_row": 0})  # Saved already.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 
+from ranktuner_jax.train.compilation import keep_compiled
 from ranktuner_jax.train.config import config_names, describe, load_config
 from ranktuner_jax.train.loop import train_and_evaluate
 
@@ -37,4 +38,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs it."""
+    keep_compiled()
     return train_and_evaluate(load_config(args.config, args.overrides), args.workdir)

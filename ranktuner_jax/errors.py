@@ -1,6 +1,6 @@
-"""The one exception that stands for a user's mistake."""
+"""The exceptions that one line explains: a user's mistake, and a run that cannot go on."""
 
-__all__ = ["UserError"]
+__all__ = ["RunError", "UserError"]
 
 
 class UserError(Exception):
@@ -13,4 +13,17 @@ class UserError(Exception):
       >>> raise UserError("data.split: expected 'train' or 'test', got 'trian'; fix the spelling")
       Traceback (most recent call last):
       ranktuner_jax.errors.UserError: data.split: expected 'train' or 'test', got 'trian'; ...
+    """
+
+
+class RunError(Exception):
+    """What stopped a run, where nobody asked for anything wrong: a full disk, a lost process.
+
+    The message says what happened, what is safe and what to do. The command line prints it
+    without a traceback and exits with code 1.
+
+    Example:
+      >>> raise RunError("checkpoint 40: no space left on device; make room, then start again")
+      Traceback (most recent call last):
+      ranktuner_jax.errors.RunError: checkpoint 40: no space left on device; make room, ...
     """

@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser,
         "source",
         "split",
+        "chat_template",
         "strip_calculator_marks",
         "row_length",
         "packing",
@@ -66,7 +67,7 @@ def measure(config: data.DataConfig, model: str, batch_size: int) -> Measurement
     Raises:
       UserError: If the model or the data set is not there.
     """
-    tokenizer = data.load_tokenizer(models.resolve(model))
+    tokenizer = data.load_tokenizer(models.resolve(model), config.chat_template)
     # A built-in source is generated at its first use; that is no part of the pipeline.
     next(data.read_source(config.source, config.split), None)
     start = time.perf_counter()

@@ -226,7 +226,7 @@ def _torch_rows(inputs: tuple[np.ndarray, ...], masks: dict[float, np.ndarray]) 
         kept = hidden[mask] if filter_first else hidden
         logits = kept @ unembed.T
         logits = logits if filter_first else logits[mask]
-        _torch_ranktuner(torch, logits, labels[mask]).backward()
+        torch_ranktuner(torch, logits, labels[mask]).backward()
 
     return [
         _Row(
@@ -241,7 +241,8 @@ def _torch_rows(inputs: tuple[np.ndarray, ...], masks: dict[float, np.ndarray]) 
     ]
 
 
-def _torch_ranktuner(torch: Any, logits: Any, labels: Any) -> Any:
+def torch_ranktuner(torch: Any, logits: Any, labels: Any, base: str = "prob") -> Any:
+    """The paper's loss, as its authors write it."""
     log_probs = torch.log_softmax(logits.float(), dim=-1)
     nll = -log_probs.gather(1, labels[:, None])[:, 0]
     with torch.no_grad():
@@ -251,7 +252,8 @@ def _torch_ranktuner(torch: Any, logits: Any, labels: Any) -> Any:
         rank = (logits >= logits.gather(1, labels[:, None])).sum(-1)
         exponent = 1 / torch.log2(torch.maximum(bound, rank) + 1) ** 2
         prob = torch.exp(-nll)
-        weights = prob * torch.clamp(prob * bound, min=1e-6) ** -exponent
+        weights = torch.clamp(prob * bound, min=1e-6) ** -exponent
+        weights = prob * weights if base == "prob" else weights
     return (weights * nll).sum() / len(nll)
 
 

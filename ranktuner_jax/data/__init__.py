@@ -1,6 +1,6 @@
 """Records to conversations, to tokens with a completion mask, to packed rows, to batches."""
 
-from ranktuner_jax.data.chat import ChatEncoder, TokenizedChat, load_tokenizer
+from ranktuner_jax.data.chat import ChatEncoder, TokenizedChat
 from ranktuner_jax.data.packing import best_fit
 from ranktuner_jax.data.pipeline import (
     BatchIterator,
@@ -14,6 +14,7 @@ from ranktuner_jax.data.pipeline import (
 from ranktuner_jax.data.records import BadRowError, Conversation, to_conversation
 from ranktuner_jax.data.sources import Record, read_source
 from ranktuner_jax.data.storage import write_dataset
+from ranktuner_jax.data.tokenizer import load_tokenizer
 
 __all__ = [
     "BadRowError",

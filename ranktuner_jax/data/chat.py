@@ -6,7 +6,6 @@ import functools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float32, Int32
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["ChatEncoder", "TokenizedChat", "load_tokenizer"]
+__all__ = ["ChatEncoder", "TokenizedChat"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,38 +68,6 @@ class _Rendering:
     spans: tuple[_Span, ...]
 
 
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """Loads the fast tokenizer of a Hugging Face folder.
-
-    Args:
-      folder: A local folder with `tokenizer.json`.
-
-    Raises:
-      UserError: If there is no fast tokenizer in the folder.
-
-    Example:
-      >>> load_tokenizer("no/such/folder")
-      Traceback (most recent call last):
-      ranktuner_jax.errors.UserError: model: expected a folder with a tokenizer, got no/such/...
-    """
-    from transformers import AutoTokenizer
-
-    if not Path(folder).is_dir():
-        raise UserError(f"model: expected a folder with a tokenizer, got {folder}, which is none")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"model: could not load a tokenizer from {folder}: {str(error).splitlines()[0]}"
-        ) from error
-    if not tokenizer.is_fast:
-        raise UserError(
-            f"model: expected a fast tokenizer (tokenizer.json) in {folder}, got a slow one; "
-            "convert it with transformers"
-        )
-    return tokenizer
-
-
 class ChatEncoder:
     """Renders conversations with a chat template and finds what is supervised.
 
@@ -141,8 +108,8 @@ class ChatEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, enable_thinking: bool = True):
         if not tokenizer.chat_template:
             raise UserError(
-                f"model: the tokenizer of {tokenizer.name_or_path} has no chat template; put the "
-                "chat_template.jinja of an instruction-tuned model of the family beside it"
+                f"model: the tokenizer of {tokenizer.name_or_path} has no chat template; set "
+                "data.chat_template to plain (built in) or to the path of a Jinja file"
             )
         self._template = tokenizer.get_chat_template()
         self._marks_generation = bool(re.search(r"\{%-?\s*generation\s*-?%\}", self._template))
@@ -219,6 +186,10 @@ class ChatEncoder:
             texts, spans = render(
                 [messages], chat_template=self._template, **self._options, **options
             )
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(
+                f"the chat template is not valid Jinja: line {error.lineno}: {error.message}"
+            ) from error
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise BadRowError(f"the chat template refuses the conversation: {reason}") from error

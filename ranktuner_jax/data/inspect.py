@@ -19,10 +19,10 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from ranktuner_jax.data.chat import load_tokenizer
 from ranktuner_jax.data.options import add_config_arguments, config_from
 from ranktuner_jax.data.pipeline import Rows, Summary, load_rows
 from ranktuner_jax.data.storage import cache_dir
+from ranktuner_jax.data.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "data_dir",
         "prompt_column",
         "completion_column",
+        "chat_template",
         "system",
         "enable_thinking",
         "strip_calculator_marks",
@@ -61,8 +62,9 @@ def run(args: argparse.Namespace) -> int:
     """Prints the first rows, the lengths and the counts."""
     cached = cache_dir() / "models" / args.model
     folder = cached if cached.is_dir() and not Path(args.model).is_dir() else args.model
-    tokenizer = load_tokenizer(folder)
-    rows = load_rows(config_from(args), tokenizer, seed=args.seed)
+    config = config_from(args)
+    tokenizer = load_tokenizer(folder, config.chat_template)
+    rows = load_rows(config, tokenizer, seed=args.seed)
     console = Console(highlight=False)
     show_rows(console, rows, tokenizer, min(args.rows, len(rows)))
     show_summary(console, rows.summary)

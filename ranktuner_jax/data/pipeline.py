@@ -76,6 +76,9 @@ class DataConfig:
       data_dir: Where TFDS keeps its data sets; its own default when empty.
       prompt_column: Column of the prompt, where it has none of the usual names.
       completion_column: Column of the completion.
+      chat_template: How conversations become text: empty for the tokenizer's own template,
+        `plain` for a built-in one (for base models, which have none), or the path of a
+        Jinja file. One that is given replaces the tokenizer's, in the exported model, too.
       system: A system prompt for conversations that have none.
       enable_thinking: Handed to the chat template; Qwen3's understands it.
       strip_calculator_marks: Whether to remove GSM8K's `<<48/2=24>>`.
@@ -100,6 +103,7 @@ class DataConfig:
     data_dir: str = ""
     prompt_column: str = ""
     completion_column: str = ""
+    chat_template: str = ""
     system: str = ""
     enable_thinking: bool = True
     strip_calculator_marks: bool = False

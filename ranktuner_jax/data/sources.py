@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import itertools
 import json
+import os
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +16,10 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from etils import epath
 
 from ranktuner_jax.data.builtin import BUILTIN, prepare_builtin
+from ranktuner_jax.data.storage import cache_dir
 from ranktuner_jax.errors import UserError
 
 __all__ = ["Record", "read_source"]
@@ -43,7 +49,8 @@ def read_source(
       source: One of: a built-in name (`chain_sum`, `gsm_symbolic`); the path of
         a `.jsonl` or `.parquet` file, which may hold `*` and `{split}`; a
         folder that TFDS or `ranktuner data prepare` wrote; `hub:owner/name`; a
-        TFDS name such as `gsm8k` or `name/config:1.0.0`.
+        TFDS name such as `gsm8k` or `name/config:1.0.0`. Paths may be those of
+        an object store (`gs://`); a folder is copied into the user's cache.
       split: In the notation of TFDS: `train`, `test`, `train[:10000]`,
         `train[90%:]`, `train+test`. A file whose path lacks `{split}` has the
         one split `train`.
@@ -116,28 +123,34 @@ def _read_files(pattern: str, split: str) -> Iterator[Record]:
     )
 
 
-def _glob(pattern: str) -> list[Path]:
+def _glob(pattern: str) -> list[epath.Path]:
+    path = epath.Path(pattern)
     # A path that exists is itself, whatever brackets it holds.
-    paths = (
-        [pattern] if Path(pattern).is_file() else sorted(glob.glob(str(Path(pattern).expanduser())))
-    )
+    if path.is_file():
+        return [path]
+    if "://" in pattern:
+        # The bucket, and what follows it.
+        root = epath.Path("/".join(pattern.split("/")[:3]))
+        paths = sorted(root.glob(pattern.split("/", 3)[-1]), key=os.fspath)
+    else:
+        paths = [epath.Path(name) for name in sorted(glob.glob(os.fspath(path.expanduser())))]
     if not paths:
         raise UserError(f"data.source: expected a file, got {pattern}, which does not exist")
-    return [Path(path) for path in paths]
+    return paths
 
 
-def _count_rows(path: Path) -> int:
+def _count_rows(path: epath.Path) -> int:
     if path.suffix == ".parquet":
         return int(_parquet(path).metadata.num_rows)
     with path.open("rb") as file:
         return sum(1 for line in file if not line.isspace())
 
 
-def _read_file(path: Path) -> Iterator[Record]:
+def _read_file(path: epath.Path) -> Iterator[Record]:
     return _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
 
 
-def _read_jsonl(path: Path) -> Iterator[Record]:
+def _read_jsonl(path: epath.Path) -> Iterator[Record]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if line.isspace():
@@ -154,17 +167,18 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
                 yield Record(where, {}, f"expected a JSON object, got {type(fields).__name__}")
 
 
-def _parquet(path: Path) -> Any:
+def _parquet(path: epath.Path) -> Any:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.ParquetFile(path)
+        remote = "://" in os.fspath(path)
+        return pyarrow.parquet.ParquetFile(path.open("rb") if remote else os.fspath(path))
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise UserError(f"data.source: {path} is not a Parquet file: {error}") from error
 
 
-def _read_parquet(path: Path) -> Iterator[Record]:
+def _read_parquet(path: epath.Path) -> Iterator[Record]:
     number = 0
     for group in _parquet(path).iter_batches(batch_size=1024):
         for fields in group.to_pylist():
@@ -176,7 +190,7 @@ def _read_parquet(path: Path) -> Iterator[Record]:
 
 
 def _tfds_builder(source: str, data_dir: str) -> Any:
-    folder = Path(source).expanduser()
+    folder = _fetched(source) if "://" in source else Path(source).expanduser()
     try:
         if folder.is_dir():
             # The folder itself, or name/1.0.0 below it as TFDS lays them out.
@@ -193,6 +207,27 @@ def _tfds_builder(source: str, data_dir: str) -> Any:
             f"data.source: expected {', '.join(sorted(BUILTIN))}, a .jsonl or .parquet file, "
             f"hub:owner/name, or a TFDS name or folder, got {source!r}; check the spelling"
         ) from error
+
+
+def _fetched(source: str) -> Path:
+    """A folder of an object store, copied once: the reader of array_record needs a local file."""
+    target = cache_dir() / "fetched" / hashlib.sha256(source.encode()).hexdigest()[:16]
+    if not target.exists():
+        origin = epath.Path(source)
+        if not (origin / "dataset_info.json").exists():
+            raise UserError(
+                f"data.source: expected the TFDS folder of one version, got {source}, which holds "
+                "no dataset_info.json"
+            )
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=target.parent))
+        for path in origin.iterdir():
+            (partial / path.name).write_bytes(path.read_bytes())
+        try:
+            partial.rename(target)
+        except OSError:  # Another process was faster.
+            shutil.rmtree(partial)
+    return target
 
 
 def _read_tfds(source: str, builder: Any, split: str) -> Iterator[Record]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 import ranktuner_jax
 from ranktuner_jax.data import Example
@@ -38,34 +39,55 @@ def cached_evaluation(
     """`evaluate`, or what it found before for the same model, data and settings.
 
     The model must be the one in `model_folder`, untouched: the folder's files stand for its
-    parameters (see `fingerprint`).
+    parameters (see `fingerprint`). With several processes, all must call; the cache is that of
+    process 0.
 
     Returns:
       The result, and whether it came from the cache.
     """
-    if jax.process_count() > 1:
-        # One process must not skip what the others compute together.
-        result = evaluate(
-            model, tokenizer, rows=rows, examples=examples, config=config, progress=progress
+    path = pathlib.Path(cache_dir) / "evaluations"
+    first = jax.process_index() == 0
+    text = ""
+    if first:
+        precision = f"{model.dtype} over {model.unembed.dtype}"
+        key = fingerprint(
+            model_folder, precision=precision, rows=rows, examples=examples, config=config
         )
-        return result, False
-    precision = f"{model.dtype} over {model.unembed.dtype}"
-    key = fingerprint(
-        model_folder, precision=precision, rows=rows, examples=examples, config=config
-    )
-    path = pathlib.Path(cache_dir) / "evaluations" / f"{key}.json"
-    try:
-        return EvalResult.from_json(json.loads(path.read_text())), True
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # Absent, or torn by a crash: evaluated again.
+        path /= f"{key}.json"
+        text = _read(path)
+    # One process decides for all, for they compute together or not at all.
+    if text := _from_first_process(text):
+        return EvalResult.from_json(json.loads(text)), True
     result = evaluate(
         model, tokenizer, rows=rows, examples=examples, config=config, progress=progress
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(result.to_json(), indent=1))
-    partial.replace(path)
+    if first:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(result.to_json(), indent=1))
+        partial.replace(path)
     return result, False
+
+
+def _read(path: pathlib.Path) -> str:
+    """A saved result, or "" where there is none that is whole."""
+    try:
+        text = path.read_text()
+        EvalResult.from_json(json.loads(text))
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""  # Absent, or torn by a crash: evaluated again.
+    return text
+
+
+def _from_first_process(text: str) -> str:
+    """The text of process 0, in every process."""
+    if jax.process_count() == 1:
+        return text
+    encoded = np.frombuffer(text.encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(encoded.size)))
+    if jax.process_index() != 0:
+        encoded = np.zeros(size, np.uint8)
+    return bytes(multihost_utils.broadcast_one_to_all(encoded)).decode()
 
 
 def fingerprint(

@@ -16,9 +16,9 @@ from flax import nnx
 from ranktuner_jax import losses
 from ranktuner_jax.data import Example
 from ranktuner_jax.errors import UserError
-from ranktuner_jax.evals.sampler import generate
+from ranktuner_jax.evals.sampler import divisible, generate
 from ranktuner_jax.evals.tasks import TASKS, make_scorer
-from ranktuner_jax.models import Decoder
+from ranktuner_jax.models import Decoder, param_shardings, partition
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,10 +59,10 @@ class EvalConfig:
       every_steps: Evaluate every so many training steps; 0 for before and after training only.
       split: The held-out split of the data.
       rows: At most so many rows of the split are scored for the negative log-likelihood.
-      batch_size: Rows scored together.
+      batch_size: Rows scored together; more where all devices would not have one.
       task: A name in `TASKS` by which greedy completions are scored; empty for none.
       examples: At most so many questions of the split are answered.
-      prompts_per_batch: Questions answered together.
+      prompts_per_batch: Questions answered together; more where all devices would not have one.
       max_new_tokens: The longest completion.
       previews: Completions kept to be read by people.
     """
@@ -221,6 +221,9 @@ def evaluate(
     The negative log-likelihood is the plain one whatever loss trains the model: results of
     different losses compare. Nothing compiles in a second call with the same shapes.
 
+    Over a mesh (`model.mesh`) rows and questions are divided over its batch axes. With several
+    processes all must call, with the same rows and examples, and all get the result.
+
     Args:
       model: The decoder.
       tokenizer: Turns completions into text, and knows where a turn ends.
@@ -246,7 +249,8 @@ def evaluate(
     graphdef, params = nnx.split(model)
     nll = correct_tokens = tokens = 0.0
     done = 0
-    for count, batch in _batches(rows, num_rows, config.batch_size):
+    batch_size = max(1, min(config.batch_size, num_rows))
+    for count, batch in _batches(rows, num_rows, divisible(batch_size, model.mesh)):
         sums = jax.device_get(_score_rows(graphdef, params, batch))
         nll += float(sums.total)
         tokens += float(sums.denom)
@@ -298,7 +302,6 @@ def _batches(
     rows: RowSource, count: int, batch_size: int
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """The first `count` rows in full batches: the last is filled with rows that do not count."""
-    batch_size = max(1, min(batch_size, count))
     for start in range(0, count, batch_size):
         chosen = [rows[i] for i in range(start, min(start + batch_size, count))]
         filled = chosen + chosen[-1:] * (batch_size - len(chosen))
@@ -313,11 +316,16 @@ def _score_rows(
 ) -> losses.LossOutput:
     model = nnx.merge(graphdef, params)
     hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"])
-    return losses.fused_weighted_nll(
-        hidden,
-        model.unembed,
-        batch["labels"],
-        batch["mask"],
-        weighting=losses.SFT(),
-        vocab_size=model.vocab_size,
+    inputs = (hidden, model.unembed, batch["labels"], batch["mask"])
+    options: dict[str, Any] = {"weighting": losses.SFT(), "vocab_size": model.vocab_size}
+    if model.mesh is None:
+        return losses.fused_weighted_nll(*inputs, **options)
+    unembed_spec = param_shardings({"head": model.unembed}, model.mesh)["head"].spec
+    loss = losses.sharded_weighted_nll(
+        model.mesh,
+        batch_axes=partition.spec(model.mesh, ["batch"], hidden.shape)[0] or (),
+        vocab_axis=unembed_spec[0],
+        unembed_spec=unembed_spec,
+        **options,
     )
+    return loss(*inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -10,13 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
-from ranktuner_jax.models import Decoder
+from ranktuner_jax.models import Decoder, partition
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
 
-__all__ = ["Completion", "generate"]
+__all__ = ["Completion", "divisible", "generate"]
 
 
 class Completion(NamedTuple):
@@ -44,6 +46,9 @@ def generate(
     ends as soon as all of its rows have stopped. A row's completion does not depend on the rows
     beside it: positions start at its own first token, padding is never attended to, and random
     numbers are drawn from `(key, index of the prompt, step)`.
+
+    Over a mesh (`model.mesh`) prompts are divided over its batch axes. With several processes all
+    must call, with the same prompts, and all get every completion.
 
     Args:
       model: The decoder.
@@ -90,7 +95,7 @@ def generate(
     graphdef, params = nnx.split(model)
     key = jax.random.key(0) if key is None else key
     order = np.argsort(lengths, kind="stable")
-    batch_size = min(batch_size, len(prompts))
+    batch_size = divisible(min(batch_size, len(prompts)), model.mesh)
     groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     completions: dict[int, Completion] = {}
     for group, width in zip(groups, _widths([lengths[g[-1]] for g in groups]), strict=True):
@@ -119,6 +124,19 @@ def generate(
         if progress is not None:
             progress(len(completions))
     return [completions[i] for i in range(len(prompts))]
+
+
+def divisible(batch_size: int, mesh: Mesh | None) -> int:
+    """The least batch of at least `batch_size` rows that divides over the mesh's batch axes.
+
+    Example:
+      >>> divisible(3, None)
+      3
+    """
+    if mesh is None:
+        return batch_size
+    axes = [axis for axis in partition.RULES["batch"] if axis in mesh.shape]
+    return _round_up(batch_size, math.prod(mesh.shape[axis] for axis in axes))
 
 
 def _widths(longest: Sequence[int]) -> list[int]:
@@ -154,6 +172,9 @@ def _decode(
 ) -> tuple[Int[Array, "B N"], Int[Array, " B"]]:
     """Tokens written, and how many in each row; a row of length 0 is absent."""
     model = nnx.merge(graphdef, params)
+    tokens, lengths, keys = (
+        partition.constrain(x, model.mesh, "batch") for x in (tokens, lengths, keys)
+    )
     batch, width = tokens.shape
     # An absent row still attends to its last column: a softmax over nothing is NaN.
     positions = jnp.arange(width)[None, :] - (width - jnp.maximum(lengths, 1))[:, None]
@@ -200,4 +221,5 @@ def _decode(
 
     start = (jnp.int32(1), first, absent | is_stop(first), written, count, cache)
     _, _, _, written, count, _ = jax.lax.while_loop(going_on, write_one, start)
-    return written, count
+    # The same on every device, so that every process can read them.
+    return partition.constrain(written, model.mesh), partition.constrain(count, model.mesh)

@@ -79,6 +79,13 @@ def sharded_weighted_nll(
     if unembed_spec is None:
         unembed_spec = PartitionSpec(vocab_axis)
     _check_axes(mesh, batch_axes, vocab_axis, unembed_spec)
+    # An axis of one device splits nothing, yet its collectives would copy what they are given.
+    split = {axis for axis in mesh.axis_names if mesh.shape[axis] > 1}
+    batch_axes = tuple(axis for axis in batch_axes if axis in split)
+    vocab_axis = vocab_axis if vocab_axis in split else None
+    unembed_spec = PartitionSpec(
+        *(tuple(axis for axis in _names(entry) if axis in split) for entry in unembed_spec)
+    )
     tokens = PartitionSpec(batch_axes)
 
     def loss(
@@ -109,7 +116,7 @@ def sharded_weighted_nll(
                 bias=None,
                 vocab_size=vocab_size,
                 ramp=ramp,
-                axis_name=batch_axes,
+                axis_name=batch_axes or None,
                 vocab_axis=vocab_axis,
                 **per_token,
             )

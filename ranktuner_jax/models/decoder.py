@@ -241,8 +241,10 @@ class Decoder(nnx.Module):
         if positions is None:
             positions = _count_positions(segment_ids, cache)
         here = Places(positions, segment_ids)
+        # Over FSDP the matrix is gathered, not the batch: rows of columns that lie apart would be.
+        embed = partition.constrain(self.embed[...], self.mesh, "vocab", "features")
         # An embedding's gradient is a scatter: rows are gathered before the cast.
-        x = self.embed[...].at[tokens].get(mode="clip").astype(self.dtype)
+        x = self._place(embed.at[tokens].get(mode="clip").astype(self.dtype))
         tables = rope.rotary_tables(
             self.config.rope, positions, self.config.head_dim, self.config.max_positions
         )

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from jax.sharding import Mesh
 
 from ranktuner_jax.errors import UserError
@@ -20,6 +22,7 @@ from ranktuner_jax.models.decoder import Decoder
 
 if TYPE_CHECKING:
     from jaxtyping import DTypeLike
+    from transformers import PretrainedConfig
 
 __all__ = ["default_cache_dir", "load_pretrained", "resolve", "save_pretrained"]
 
@@ -98,6 +101,14 @@ def _write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def _upload(folder: Path, target: epath.Path) -> None:
+    """Copies files to an object store: config.json, without which there is no model, comes last."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in sorted(folder.iterdir(), key=lambda file: file.name == "config.json"):
+        with file.open("rb") as source, (target / file.name).open("wb") as sink:
+            shutil.copyfileobj(source, sink, 16 * 2**20)
+
+
 def _download(hub_id: str) -> Path:
     import huggingface_hub
 
@@ -157,6 +168,8 @@ def save_pretrained(
     path: str | os.PathLike[str],
     tokenizer_from: str | os.PathLike[str] | None = None,
     *,
+    chat_template: str = "",
+    stop_ids: Sequence[int] = (),
     max_shard_bytes: int = 2 * 1024**3,
 ) -> None:
     """Writes a folder that `transformers` and vLLM load.
@@ -165,9 +178,11 @@ def save_pretrained(
 
     Args:
       model: The decoder.
-      path: A folder that does not exist yet.
+      path: A folder that does not exist yet, or `gs://bucket/folder`.
       tokenizer_from: A folder (or name) whose tokenizer, chat template and generation
         config go with the weights.
+      chat_template: The text of a template that replaces that folder's, where one is given.
+      stop_ids: Tokens at which generation ends, beside those that the generation config names.
       max_shard_bytes: Weights beyond this are split into files with an index.
 
     Raises:
@@ -183,7 +198,8 @@ def save_pretrained(
       ...     load_pretrained(f"{folder}/model").config == config
       True
     """
-    folder = Path(path)
+    remote = "://" in os.fspath(path)
+    folder = epath.Path(path) if remote else Path(path)
     if folder.exists():
         raise UserError(f"{folder}: exists already; give a new path, nothing is overwritten")
     companions: list[Path] = []
@@ -198,13 +214,35 @@ def save_pretrained(
         config.save_pretrained(scratch)
         for file in companions:
             shutil.copyfile(file, scratch / file.name)
+        if chat_template:
+            (scratch / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+        if stop_ids:
+            _add_stop_ids(scratch, config, stop_ids)
 
     _meet("checked")  # The folder must not appear before all have looked for it.
-    if jax.process_index() == 0:
-        _write_folder(folder, write)
+    if jax.process_index() != 0:
+        hf.write_weights(model, Path(), max_shard_bytes=max_shard_bytes)  # Only gathers.
+    elif remote:
+        with tempfile.TemporaryDirectory() as name:
+            write(Path(name))
+            _upload(Path(name), folder)
     else:
-        hf.write_weights(model, folder, max_shard_bytes=max_shard_bytes)
+        _write_folder(Path(folder), write)
     _meet("written")
+
+
+def _add_stop_ids(folder: Path, config: PretrainedConfig, stop_ids: Sequence[int]) -> None:
+    from transformers import GenerationConfig
+
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        GenerationConfig.from_model_config(config).save_pretrained(folder)
+    # As text: transformers refuses to write some generation configs that models ship with.
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    known = settings.get("eos_token_id")
+    known = known if isinstance(known, list) else [] if known is None else [known]
+    settings["eos_token_id"] = sorted({*known, *stop_ids})
+    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _meet(name: str) -> None:

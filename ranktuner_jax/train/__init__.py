@@ -7,6 +7,7 @@ from ranktuner_jax.train.config import (
     MeshConfig,
     OptimizerConfig,
     StepConfig,
+    TelemetryConfig,
     TrainConfig,
     config_names,
     describe,
@@ -17,7 +18,8 @@ from ranktuner_jax.train.config import (
 )
 from ranktuner_jax.train.export import export
 from ranktuner_jax.train.loop import FINISHED, PREEMPTED, train_and_evaluate
-from ranktuner_jax.train.sharding import check_batch, make_mesh, place_batch
+from ranktuner_jax.train.nonfinite import replay
+from ranktuner_jax.train.sharding import check_batch, make_mesh, place_batch, row_share
 from ranktuner_jax.train.state import init_state, make_optimizer, make_schedule
 from ranktuner_jax.train.step import make_train_step, sequence_ids
 from ranktuner_jax.train.writer import Writer
@@ -31,6 +33,7 @@ __all__ = [
     "MeshConfig",
     "OptimizerConfig",
     "StepConfig",
+    "TelemetryConfig",
     "TrainConfig",
     "Writer",
     "check_batch",
@@ -47,6 +50,8 @@ __all__ = [
     "make_train_step",
     "place_batch",
     "read_config",
+    "replay",
+    "row_share",
     "sequence_ids",
     "to_dict",
     "train_and_evaluate",

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 
+from ranktuner_jax.train import distributed
 from ranktuner_jax.train.compilation import keep_compiled
 from ranktuner_jax.train.config import config_names, describe, load_config
 from ranktuner_jax.train.loop import train_and_evaluate
@@ -32,11 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workdir", required=True, help="folder of the run: checkpoints, metrics, exported model"
     )
+    distributed.add_arguments(parser)
     parser.set_defaults(overrides=[])
     parser.epilog = f"keys of a config, their defaults and their meaning:\n{describe()}"
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs it."""
+    distributed.initialize(args)
     keep_compiled()
     return train_and_evaluate(load_config(args.config, args.overrides), args.workdir)

@@ -16,12 +16,12 @@ def keep_compiled() -> None:
     stays.
 
     Example:
-      >>> before = jax.config.jax_compilation_cache_dir
+      >>> before = jax.config.values["jax_compilation_cache_dir"]
       >>> keep_compiled()
-      >>> jax.config.jax_compilation_cache_dir is None
+      >>> jax.config.values["jax_compilation_cache_dir"] is None
       False
       >>> jax.config.update("jax_compilation_cache_dir", before)
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         folder = models.default_cache_dir() / "compiled"
         jax.config.update("jax_compilation_cache_dir", str(folder))

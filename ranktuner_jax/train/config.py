@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar
 
 import ml_collections
 from absl import flags
+from etils import epath
 from ml_collections import config_dict, config_flags
 
 from ranktuner_jax import losses, models
@@ -32,6 +33,7 @@ __all__ = [
     "MeshConfig",
     "OptimizerConfig",
     "StepConfig",
+    "TelemetryConfig",
     "TrainConfig",
     "config_names",
     "describe",
@@ -132,6 +134,11 @@ class StepConfig:
         projections) or "full".
       compute_dtype: Type of the activations, "float32" or "bfloat16".
       param_dtype: Type of the parameters and of the optimizer state.
+      on_nonfinite: A step whose loss or gradient is not finite changes nothing; "stop" then ends
+        the run and keeps what does the step again, "skip" goes on with the next rows.
+      nonfinite_limit: Steps of a run that "skip" may leave out; one more ends it.
+      profile_steps: First and last step of a profiler's trace, such as 10,12, which goes to
+        profile/ in the workdir; () for none.
     """
 
     steps: int = 100
@@ -142,6 +149,9 @@ class StepConfig:
     remat: str = "none"
     compute_dtype: str = "float32"
     param_dtype: str = "float32"
+    on_nonfinite: str = "stop"
+    nonfinite_limit: int = 10
+    profile_steps: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "log_every"):
@@ -154,6 +164,15 @@ class StepConfig:
                 f"({self.accumulation}), got {self.batch_size}"
             )
         _one_of("train.remat", self.remat, models.REMAT_POLICIES)
+        _one_of("train.on_nonfinite", self.on_nonfinite, ("stop", "skip"))
+        _at_least("train.nonfinite_limit", self.nonfinite_limit, 0)
+        if self.profile_steps and not (
+            len(self.profile_steps) == 2 and 1 <= self.profile_steps[0] <= self.profile_steps[1]
+        ):
+            raise UserError(
+                "train.profile_steps: expected the first and the last step of a trace, such as "
+                f"10,12, got {self.profile_steps}"
+            )
         for name in ("compute_dtype", "param_dtype"):
             _one_of(f"train.{name}", getattr(self, name), ("float32", "bfloat16"))
 
@@ -194,7 +213,7 @@ class CheckpointConfig:
     """
 
     every_steps: int = 0
-    keep_last: int = 1
+    keep_last: int = 2
     keep_every: int = 0
     asynchronous: bool = True
 
@@ -202,6 +221,19 @@ class CheckpointConfig:
         _at_least("checkpoint.every_steps", self.every_steps, 0)
         _at_least("checkpoint.keep_last", self.keep_last, 1)
         _at_least("checkpoint.keep_every", self.keep_every, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class TelemetryConfig:
+    """Where the numbers of a run go, beside metrics.jsonl in its workdir.
+
+    Attributes:
+      tensorboard: Writes TensorBoard's events to tensorboard/ in the workdir.
+      wandb: A project of Weights & Biases, or entity/project, that takes them too; "" for none.
+    """
+
+    tensorboard: bool = True
+    wandb: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,6 +254,7 @@ class TrainConfig:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    telemetry: TelemetryConfig = dataclasses.field(default_factory=TelemetryConfig)
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -255,7 +288,7 @@ def read_config(workdir: str | os.PathLike[str]) -> TrainConfig:
     Raises:
       UserError: If there is no run.
     """
-    path = pathlib.Path(workdir) / "config.json"
+    path = epath.Path(workdir) / "config.json"
     try:
         chosen = json.loads(path.read_text())
     except (OSError, ValueError) as error:

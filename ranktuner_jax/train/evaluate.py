@@ -10,8 +10,14 @@ import argparse
 import json
 import sys
 
+import jax
+import jax.numpy as jnp
+
 from ranktuner_jax import data, evals, models
-from ranktuner_jax.train.config import config_names, load_config
+from ranktuner_jax.train import distributed
+from ranktuner_jax.train.compilation import keep_compiled
+from ranktuner_jax.train.config import MeshConfig, config_names, load_config
+from ranktuner_jax.train.sharding import make_mesh
 
 __all__ = ["add_arguments", "run"]
 
@@ -28,31 +34,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "its keys can be overridden as in training (ranktuner train --help lists them)",
     )
     parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
+    distributed.add_arguments(parser)
     parser.set_defaults(overrides=[])
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs it."""
+    """Runs it, in the arithmetic of the config's training."""
+    distributed.initialize(args)
+    keep_compiled()
     config = load_config(args.config, args.overrides)
     folder = models.resolve(args.model or config.model)
-    tokenizer = data.load_tokenizer(folder)
+    tokenizer = data.load_tokenizer(folder, config.data.chat_template)
     split = config.eval.split
     examples = (
         data.load_examples(config.data, tokenizer, split=split, limit=config.eval.examples)
         if config.eval.task
         else []
     )
+    model = models.load_pretrained(
+        folder,
+        mesh=make_mesh(MeshConfig(data=1, fsdp=-1)),  # Whatever devices are here, not the run's.
+        dtype=jnp.dtype(config.train.compute_dtype),
+        param_dtype=jnp.dtype(config.train.param_dtype),
+    )
+    first = jax.process_index() == 0
     result, _ = evals.cached_evaluation(
-        models.load_pretrained(folder),
+        model,
         tokenizer,
         rows=data.load_rows(config.data, tokenizer, split=split, seed=config.seed),
         examples=examples,
         config=config.eval,
         model_folder=folder,
         cache_dir=models.default_cache_dir(),
-        progress=_progress if sys.stderr.isatty() else None,
+        progress=_progress if first and sys.stderr.isatty() else None,
     )
-    print(json.dumps(result.to_json(), indent=2) if args.json else _describe(result))
+    if first:
+        print(json.dumps(result.to_json(), indent=2) if args.json else _describe(result))
     return 0
 
 

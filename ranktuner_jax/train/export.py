@@ -9,13 +9,16 @@ from __future__ import annotations
 import argparse
 import os
 import pathlib
+import sys
 
+import jax.numpy as jnp
+from etils import epath
 from flax import nnx
 
-from ranktuner_jax import models
+from ranktuner_jax import data, evals, models
 from ranktuner_jax.errors import UserError
 from ranktuner_jax.train.checkpoint import Checkpoints
-from ranktuner_jax.train.config import read_config, to_dict
+from ranktuner_jax.train.config import MeshConfig, read_config, to_dict
 from ranktuner_jax.train.sharding import make_mesh
 from ranktuner_jax.train.state import init_state, make_optimizer
 
@@ -44,7 +47,7 @@ def export(
     Args:
       workdir: The folder of the run.
       output: The folder to write; it must not exist yet.
-      step: Which checkpoint; the newest by default.
+      step: Which checkpoint; by default the newest that is whole.
 
     Returns:
       The step that was exported.
@@ -52,28 +55,42 @@ def export(
     Raises:
       UserError: If there is no such run or checkpoint, or `output` exists.
     """
-    workdir, output = pathlib.Path(workdir), pathlib.Path(output)
+    workdir, output = epath.Path(workdir), pathlib.Path(output)
     if output.exists():
         raise UserError(f"--output: expected a folder that does not exist yet, got {output}")
     config = read_config(workdir)
     folder = models.resolve(config.model)
-    mesh = make_mesh(config.mesh)
-    model = models.load_pretrained(folder, mesh=mesh)
+    tokenizer = data.load_tokenizer(folder, config.data.chat_template)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=-1))  # Whatever devices are here, not the run's.
+    model = models.load_pretrained(
+        folder, mesh=mesh, param_dtype=jnp.dtype(config.train.param_dtype)
+    )
     checkpoints = Checkpoints(
-        workdir, config.checkpoint, run=to_dict(config), params=nnx.state(model, nnx.Param)
+        workdir,
+        config.checkpoint,
+        run=to_dict(config),
+        params=nnx.state(model, nnx.Param),
+        read_only=True,
     )
     try:
         known = checkpoints.steps
-        step = max(known, default=None) if step is None else step
-        if step is None or step not in known:
+        if not known or (step is not None and step not in known):
             raise UserError(
                 f"--step: expected one of the checkpoints of {workdir} "
                 f"({', '.join(map(str, known)) or 'it has none'}), got {step}"
             )
         # The rate does not matter here: only the structure of the optimizer's state does.
         state = init_state(model, make_optimizer(config.optimizer, steps=1), mesh)
-        state, _ = checkpoints.restore(state, step)
+        restored = checkpoints.restore(state, step)
     finally:
         checkpoints.close()
-    models.save_pretrained(state.apply_fn(state.params), output, tokenizer_from=folder)
-    return step
+    for note in restored.notes:
+        print(note, file=sys.stderr)
+    models.save_pretrained(
+        restored.state.apply_fn(restored.state.params),
+        output,
+        tokenizer_from=folder,
+        chat_template=config.data.chat_template and tokenizer.get_chat_template(),
+        stop_ids=evals.stop_ids(tokenizer),
+    )
+    return restored.step

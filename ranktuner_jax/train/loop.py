@@ -3,35 +3,46 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import json
 import math
 import os
 import pathlib
-import shutil
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import rich.console
 import rich.table
+from etils import epath
 from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ranktuner_jax import data, evals, models
-from ranktuner_jax.errors import UserError
+from ranktuner_jax.errors import RunError, UserError
 from ranktuner_jax.train.checkpoint import Checkpoints, claim_workdir
 from ranktuner_jax.train.config import TrainConfig, to_dict
-from ranktuner_jax.train.preemption import stop_notice
-from ranktuner_jax.train.sharding import check_batch, make_mesh, place_batch
+from ranktuner_jax.train.distributed import end_alone
+from ranktuner_jax.train.nonfinite import NonFiniteError, stop_at
+from ranktuner_jax.train.preemption import StopNotice, Stopped
+from ranktuner_jax.train.profile import Profile
+from ranktuner_jax.train.sharding import check_batch, make_mesh, place_batch, row_share
 from ranktuner_jax.train.state import init_state, make_optimizer
 from ranktuner_jax.train.step import make_train_step
 from ranktuner_jax.train.telemetry import StepLog, prefixed
-from ranktuner_jax.train.writer import Writer
+from ranktuner_jax.train.utilisation import Utilisation
+from ranktuner_jax.train.writer import Writer, check_telemetry
 
 __all__ = ["FINISHED", "PREEMPTED", "train_and_evaluate"]
 
 FINISHED, PREEMPTED = 0, 75
+
+GOES_ON = "the same command goes on"
 
 
 def train_and_evaluate(config: TrainConfig, workdir: str | os.PathLike[str]) -> int:
@@ -49,18 +60,35 @@ def train_and_evaluate(config: TrainConfig, workdir: str | os.PathLike[str]) -> 
 
     Raises:
       UserError: If the config, the model, the data or the workdir is not what it has to be.
-      FloatingPointError: If the loss or the gradient of a step is not finite.
+      RunError: If it cannot go on: the loss or the gradient of a step is not finite, or the disk is
+        full.
     """
-    workdir = pathlib.Path(workdir)
+    try:
+        with StopNotice() as stop:
+            return _run(config, epath.Path(workdir), stop)
+    except Stopped as stopped:
+        if jax.process_index() == 0:
+            print(str(stopped) or f"stopped with every step saved: {GOES_ON}", file=sys.stderr)
+        return PREEMPTED
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RunError(f"{workdir}: {error.strerror}; make room, then {GOES_ON}") from error
+
+
+def _run(config: TrainConfig, workdir: epath.Path, stop: StopNotice) -> int:
+    check_telemetry(config.telemetry)
     claim = claim_workdir(workdir, config)
     if (workdir / "result.json").exists():
-        _show(json.loads((workdir / "result.json").read_text()))
+        if jax.process_index() == 0:
+            _show(json.loads((workdir / "result.json").read_text()))
         return FINISHED
 
     mesh = make_mesh(config.mesh)
     check_batch(mesh, config.train.batch_size, config.train.accumulation)
+    reader, readers = row_share(mesh)
     folder = models.resolve(config.model)
-    tokenizer = data.load_tokenizer(folder)
+    tokenizer = data.load_tokenizer(folder, config.data.chat_template)
     rows = data.load_rows(config.data, tokenizer, seed=config.seed)
     held_out = _HeldOut(config, folder, tokenizer)
     steps = _count_steps(config, len(rows))
@@ -77,69 +105,104 @@ def train_and_evaluate(config: TrainConfig, workdir: str | os.PathLike[str]) -> 
         params = nnx.state(model, nnx.Param)
         checkpoints = Checkpoints(workdir, config.checkpoint, run=to_dict(config), params=params)
         stack.callback(checkpoints.close)
+        stack.enter_context(end_alone())
         start = max(checkpoints.steps, default=0)
-        writer = stack.enter_context(Writer(workdir, start, steps))
+        numbers_to = functools.partial(
+            Writer, workdir, steps=steps, config=config.telemetry, run=to_dict(config)
+        )
+        writer = stack.enter_context(numbers_to(start))
         size = sum(leaf.size for leaf in jax.tree.leaves(params))
         writer.say(f"model: {config.model}, {size:,} parameters, {_devices(mesh)}")
+        if config.data.chat_template:
+            writer.say(f"chat template: {config.data.chat_template}, not the tokenizer's own")
         writer.say(f"data: {rows.summary}")
 
         before = held_out.before(model, writer)
         if start == 0:
             writer.write(0, prefixed("eval", before.metrics()))
 
+        utilisation = Utilisation(model.config, mesh.devices.flatten().tolist())
         state = init_state(model, make_optimizer(config.optimizer, steps), mesh)
         del model, params
         share = {
             "batch_size": config.train.batch_size,
             "seed": config.seed,
-            "process_index": jax.process_index(),
-            "process_count": jax.process_count(),
+            "process_index": reader,
+            "process_count": readers,
         }
         batches = data.BatchIterator(rows, **share)
         if start:
-            state, position = checkpoints.restore(state, start)
-            batches = data.BatchIterator.from_state(rows, position, **share)
+            restored = checkpoints.restore(state)
+            for note in restored.notes:
+                writer.say(note)
+            if restored.step < start:  # What was logged since is done again.
+                start = restored.step
+                writer.close()
+                writer = stack.enter_context(numbers_to(start))
+            state = restored.state
+            batches = data.BatchIterator.from_state(rows, restored.data, **share)
+            del restored
             writer.say(f"going on after step {start} of {steps}")
 
         step_fn = make_train_step(config, steps, mesh, state)
         compiled = None
-        log = StepLog(writer, steps, config.train.log_every)
-        with stop_notice() as stop:
-            for step in range(start + 1, steps + 1):
-                rows_of_step = next(batches)
-                batch = place_batch(mesh, rows_of_step, config.train.accumulation)
-                if compiled is None:
-                    # Ahead of time: it then refuses other shapes, so there is no second one.
-                    compiled = step_fn.lower(state, batch).compile()
-                    log.restart_clock()
-                state, metrics = compiled(state, batch)
-                log.read_previous_then_hold(step, metrics, rows_of_step["row_index"])
+        limit = config.train.nonfinite_limit if config.train.on_nonfinite == "skip" else 0
+        skipped = start - int(state.step)  # Steps that are not finite leave the state as it is.
+        log = StepLog(writer, steps, config.train.log_every, utilisation, skipped, limit)
+        profile = stack.enter_context(Profile(writer.profile_path, config.train.profile_steps))
+        go = hold = jax.device_put(np.asarray(False), NamedSharding(mesh, PartitionSpec()))
+        try:
+            with stop.deferred():
+                for step in range(start + 1, steps + 1):
+                    profile.before(step, log.read)
+                    rows_of_step = next(batches)
+                    batch = place_batch(mesh, rows_of_step, config.train.accumulation)
+                    if compiled is None:
+                        # Ahead of time: it then refuses other shapes, so there is no second one.
+                        compiled = step_fn.lower(state, batch, hold).compile()
+                        log.restart_clock()
+                    state, metrics = compiled(state, batch, hold)
+                    log.read_previous_then_hold(step, metrics, batch)
+                    # Where one more step that is not finite ends the run, the step after it changes
+                    # nothing: its state is still there when the host learns of it.
+                    hold = metrics["nonfinite"] if log.skipped >= limit else go
 
-                last, stopping = step == steps, stop.is_set()
-                if _due(step, config.eval.every_steps) and not last:
-                    log.read()
-                    now = held_out.evaluate(state.apply_fn(state.params), writer)
-                    writer.write(step, prefixed("eval", now.metrics()))
-                    log.restart_clock()
-                if _due(step, config.checkpoint.every_steps) or last or stopping:
-                    log.read()  # A state is saved only once it is known to be finite.
-                    checkpoints.save(step, state, batches.state())
-                    log.restart_clock()
-                if stopping and not last:
-                    checkpoints.wait()
-                    writer.say(f"stopped and saved after step {step}: the same command goes on")
-                    return PREEMPTED
+                    last, stopping = step == steps, stop.reached()
+                    if _due(step, config.eval.every_steps) and not last and not stopping:
+                        log.read()
+                        try:
+                            now = held_out.evaluate(state.apply_fn(state.params), writer, stop)
+                            writer.write(step, prefixed("eval", now.metrics()))
+                        except Stopped:
+                            stopping = True
+                        log.restart_clock()
+                    if _due(step, config.checkpoint.every_steps) or last or stopping:
+                        log.read()  # A state is saved only once it is known to be finite.
+                        checkpoints.save(step, state, batches.state())
+                        log.restart_clock()
+                    if stopping:
+                        checkpoints.wait()
+                        raise Stopped(f"stopped and saved after step {step}: {GOES_ON}")
+        except NonFiniteError as found:
+            raise stop_at(found, state, config, steps, workdir) from None
         checkpoints.wait()
 
         model = state.apply_fn(state.params)
         del state  # With it goes the optimizer's share of the memory.
-        after = held_out.evaluate(model, writer)
+        after = held_out.evaluate(model, writer, stop)
         writer.write(steps, prefixed("eval", after.metrics()))
         exported = workdir / "model"
-        if jax.process_index() == 0:
-            # Left by a run that was killed before it could write its result.
-            shutil.rmtree(exported, ignore_errors=True)
-        models.save_pretrained(model, exported, tokenizer_from=folder)
+        # Left by a run that was killed before it could write its result.
+        if jax.process_index() == 0 and exported.exists():
+            exported.rmtree()
+        multihost_utils.sync_global_devices("the folder of the model is free")
+        models.save_pretrained(
+            model,
+            exported,
+            tokenizer_from=folder,
+            chat_template=config.data.chat_template and tokenizer.get_chat_template(),
+            stop_ids=evals.stop_ids(tokenizer),
+        )
         result = {
             "steps": steps,
             "before": before.to_json(),
@@ -148,7 +211,9 @@ def train_and_evaluate(config: TrainConfig, workdir: str | os.PathLike[str]) -> 
                 "checkpoint": str(checkpoints.path(steps)),
                 "model": str(exported),
                 "metrics": str(writer.metrics_path),
-                "tensorboard": str(writer.tensorboard_path),
+                **(
+                    {"tensorboard": str(writer.tensorboard_path)} if writer.tensorboard_path else {}
+                ),
             },
         }
     if jax.process_index() == 0:
@@ -193,8 +258,13 @@ class _HeldOut:
         )
         return result
 
-    def evaluate(self, model: models.Decoder, writer: Writer) -> evals.EvalResult:
+    def evaluate(self, model: models.Decoder, writer: Writer, stop: StopNotice) -> evals.EvalResult:
         """What it can do now."""
+
+        def progress(done: int, total: int) -> None:
+            writer.evaluating(done, total)
+            stop.check()
+
         writer.say(f"evaluating: {self._size}")
         return evals.evaluate(
             model,
@@ -202,7 +272,7 @@ class _HeldOut:
             rows=self._rows,
             examples=self._examples,
             config=self._config,
-            progress=writer.evaluating,
+            progress=progress,
         )
 
 

@@ -17,7 +17,7 @@ from ranktuner_jax.train.sharding import BATCH_AXES
 from ranktuner_jax.train.state import make_schedule
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int
+    from jaxtyping import Array, Bool, Float, Int
 
 __all__ = ["make_train_step", "sequence_ids"]
 
@@ -33,7 +33,8 @@ def make_train_step(
     The loss is a sum and a count. Both are added over micro-batches (`place_batch`), and the
     gradient of the sum is divided by the whole count once, so that how a batch is cut changes
     nothing but rounding. A step whose loss or gradient is not finite returns the state that it
-    was given, with `metrics["nonfinite"] == 1`.
+    was given, with `metrics["nonfinite"] == 1`; a third argument, `hold`, keeps the state in any
+    case.
 
     Args:
       config: The run.
@@ -83,32 +84,48 @@ def make_train_step(
         if config.train.accumulation == 1:
             return gradients(state, first)
 
-        def add(carry: Any, micro: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, carry, gradients(state, micro)), None
+        def add(sums: Any, micro: Batch) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, sums, gradients(state, micro)), None
 
-        shapes = jax.eval_shape(gradients, state, first)
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        # In float32, whatever the parameters are: a sum of many rounds more than each of them.
+        zeros = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)),
+            jax.eval_shape(gradients, state, first),
+        )
         return jax.lax.scan(add, zeros, batch)[0]
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(
+        state: TrainState, batch: Batch, hold: Bool[Array, ""] | bool = False
+    ) -> tuple[TrainState, Metrics]:
         grads, output = accumulate(state, batch)
         loss = output.mean(config.loss.normalize)
         # The factor between the sum and the mean, 0 where nothing is supervised.
         scale = dataclasses.replace(output, total=jnp.ones_like(output.total)).mean(
             config.loss.normalize
         )
-        grads = jax.tree.map(lambda grad: grad * scale.astype(grad.dtype), grads)
-        grad_norm = optax.tree.norm(grads)
+        grad_norm = scale * optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        new_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), state.apply_gradients(grads=grads), state
+        taken = finite & jnp.logical_not(hold)
+        scaled = jax.tree.map(
+            lambda grad, param: (grad * scale).astype(param.dtype), grads, state.params
         )
+        # A branch, not a choice element by element: the state is then updated where it lies. The
+        # scaling is not in it: out here it takes the place of the gradient.
+        new_state = jax.lax.cond(
+            taken,
+            lambda state, grads: state.apply_gradients(grads=grads),
+            lambda state, _: state,
+            state,
+            scaled,
+        )
+        real = batch["segment_ids"] > 0
         return new_state, losses.summarize(output) | {
             "loss": loss,
             "grad_norm": grad_norm,
             "learning_rate": schedule(state.step),
             "supervised_tokens": output.denom,
-            "tokens": jnp.sum(batch["segment_ids"] > 0),
+            "tokens": jnp.sum(real),
+            "seen": jnp.sum(jnp.where(real, batch["positions"] + 1, 0).astype(jnp.float32)),
             "nonfinite": jnp.logical_not(finite),
         }
 

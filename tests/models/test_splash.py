@@ -1,12 +1,20 @@
-"""Splash attention, compiled ahead of time for a TPU that is not there."""
+"""Attention for devices that are not there: interpreted, replaced, or compiled ahead of time."""
 
+import functools
 import importlib.util
 import os
 import pathlib
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
+
+from ranktuner_jax.models.attention import Places, attend
+from tests.tolerances import F32
 
 # In a process of its own: libtpu reads its settings when jax is imported.
 PROGRAM = """
@@ -67,3 +75,45 @@ def test_auto_attention_is_splash_on_tpu(length: int, runs: bool) -> None:
         assert "splash_mha_fwd" in kernels
     else:
         assert (kernels, calls) == ("[]", "0")
+
+
+@pytest.fixture
+def problem(rng: np.random.Generator) -> tuple[tuple[jax.Array, ...], Places]:
+    """Queries, keys and values of two packed rows; two queries share each key."""
+    q, k, v = (rng.normal(size=(2, 256, heads, 64)).astype(np.float32) for heads in (4, 2, 2))
+    segments = np.repeat([[1, 2, 3, 0], [1, 1, 2, 2]], [70, 50, 100, 36], axis=1)
+    starts = np.concatenate([np.ones((2, 1), bool), segments[:, 1:] != segments[:, :-1]], axis=1)
+    index = np.arange(256)[None]
+    positions = index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)
+    places = Places(jnp.asarray(positions, jnp.int32), jnp.asarray(segments, jnp.int32))
+    return tuple(map(jnp.asarray, (q, k, v))), places
+
+
+def run(problem, implementation: str, window: int | None) -> np.ndarray:
+    arrays, places = problem
+    return np.asarray(attend(*arrays, places, places, window=window, implementation=implementation))
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_splash_attention_computes_what_xla_does(
+    problem, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interpreted = functools.partial(splash_attention_kernel.make_splash_mha, interpret=True)
+    monkeypatch.setattr(splash_attention_kernel, "make_splash_mha", interpreted)
+    expected = run(problem, "xla", window)
+    np.testing.assert_allclose(run(problem, "splash", window), expected, **F32)
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_cudnn_attention_is_asked_for_what_xla_does(
+    problem, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = jax.nn.dot_product_attention
+
+    def stand_in(*args, implementation: str, **kwargs) -> jax.Array:
+        assert implementation == "cudnn"
+        return real(*args, implementation="xla", **kwargs)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    expected = run(problem, "xla", window)
+    np.testing.assert_allclose(run(problem, "cudnn", window), expected, **F32)

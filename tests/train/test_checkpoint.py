@@ -1,7 +1,13 @@
 """Checkpoints: what is saved, what is kept, whose folder it is."""
 
+import importlib.metadata
 import json
+import math
+import os
 import pathlib
+import re
+import shutil
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +15,17 @@ import numpy as np
 import optax
 import pytest
 from flax.training.train_state import TrainState
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ranktuner_jax.errors import UserError
 from ranktuner_jax.train import (
     CheckpointConfig,
     Checkpoints,
+    MeshConfig,
     TrainConfig,
     checkpoint,
     claim_workdir,
+    make_mesh,
 )
 
 
@@ -39,9 +48,10 @@ def test_a_state_comes_back_with_its_data_position(tmp_path: pathlib.Path) -> No
     again = Checkpoints(tmp_path, CheckpointConfig(), run={"seed": 7}, params=PARAMS)
     assert again.steps == [3]
     fresh = make_state(0.0)
-    restored, position = again.restore(fresh, 3)
+    found = again.restore(fresh)
     again.close()
-    assert position == {"next_row": 48}
+    assert (found.step, found.data, found.notes) == (3, {"next_row": 48}, [])
+    restored = found.state
     assert fresh.params["w"].is_deleted()
     expected = make_state(3.0)
     assert jax.tree.structure(restored.opt_state) == jax.tree.structure(expected.opt_state)
@@ -63,7 +73,7 @@ def test_what_is_saved_is_the_state_at_that_moment(tmp_path: pathlib.Path) -> No
     for _ in range(3):
         changed = overwrite(changed)
     checkpoints.wait()
-    restored, _ = checkpoints.restore(state.replace(params=changed), 3)
+    restored = checkpoints.restore(state.replace(params=changed)).state
     checkpoints.close()
     np.testing.assert_array_equal(np.asarray(restored.params["w"]), np.full(1 << 22, 3.0))
 
@@ -77,7 +87,7 @@ def test_an_array_larger_than_what_is_written_at_once_is_saved(
     checkpoints = Checkpoints(tmp_path, config, run={}, params=state.params)
     checkpoints.save(3, state, {})
     checkpoints.wait()
-    restored, _ = checkpoints.restore(make_state(0.0), 3)
+    restored = checkpoints.restore(make_state(0.0)).state
     checkpoints.close()
     np.testing.assert_array_equal(np.asarray(restored.params["w"]), np.asarray(state.params["w"]))
 
@@ -115,3 +125,198 @@ def test_a_workdir_with_a_torn_config_is_named(tmp_path: pathlib.Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="--workdir: expected a config in"):
         claim_workdir(tmp_path, TrainConfig())
+
+
+def test_a_run_may_go_on_with_another_mesh_and_other_checkpoints(tmp_path: pathlib.Path) -> None:
+    claim_workdir(tmp_path, TrainConfig())()
+    mesh, kept = MeshConfig(data=2, fsdp=4), CheckpointConfig(every_steps=9)
+    claim_workdir(tmp_path, TrainConfig(mesh=mesh, checkpoint=kept))()
+    assert json.loads((tmp_path / "config.json").read_text())["mesh"]["fsdp"] == 4
+
+
+def truncate(path: pathlib.Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_a_bit(path: pathlib.Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+def overwrite(path: pathlib.Path) -> None:
+    path.write_bytes(np.random.default_rng(0).bytes(path.stat().st_size))
+
+
+DAMAGE = [
+    *((how, "state/ocdbt.process_0/d/*") for how in (truncate, flip_a_bit, overwrite, os.remove)),
+    *((how, "data/metadata") for how in (truncate, flip_a_bit, overwrite, os.remove)),
+    *((how, "run/metadata") for how in (truncate, flip_a_bit, overwrite, os.remove)),
+    *((how, "state/d/*") for how in (truncate, overwrite, os.remove)),
+    *((how, "state/_METADATA") for how in (truncate, overwrite, os.remove)),
+    (os.remove, "state/manifest.ocdbt"),
+    (shutil.rmtree, "state"),
+    (shutil.rmtree, "data"),
+]
+
+
+def random_state(seed: int) -> TrainState:
+    """Arrays that do not compress to nothing, so that bytes of them can be damaged."""
+    state = make_state(float(seed))
+    values = jax.random.normal(jax.random.key(seed), (64, 32))
+    return state.replace(params={"w": values, "b": jnp.ones(2, jnp.bfloat16)})
+
+
+@pytest.fixture(scope="module")
+def two_saved(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A workdir with the whole checkpoints 2 and 4."""
+    workdir = tmp_path_factory.mktemp("two")
+    checkpoints = Checkpoints(workdir, CheckpointConfig(), {"seed": 7}, random_state(0).params)
+    for step in (2, 4):
+        checkpoints.save(step, random_state(step), {"next_row": 8 * step})
+    checkpoints.close()
+    return workdir
+
+
+def reopen(workdir: pathlib.Path, seed: int = 7, read_only: bool = False) -> Checkpoints:
+    return Checkpoints(workdir, CheckpointConfig(), {"seed": seed}, PARAMS, read_only)
+
+
+def assert_equal(a: TrainState, b: TrainState) -> None:
+    for ours, theirs in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+
+
+@pytest.mark.parametrize(("how", "where"), DAMAGE)
+def test_a_broken_checkpoint_is_set_aside_for_the_one_before(
+    how: Callable[[pathlib.Path], None],
+    where: str,
+    two_saved: pathlib.Path,
+    tmp_path: pathlib.Path,
+) -> None:
+    workdir = tmp_path / "run"
+    shutil.copytree(two_saved, workdir)
+    broken = workdir / "checkpoints" / "4"
+    # The largest file holds the arrays; the others are copies of metadata that nothing reads.
+    how(max(broken.glob(where), key=lambda path: path.stat().st_size))
+    before = {path.name: path.read_bytes() for path in broken.rglob("*") if path.is_file()}
+
+    checkpoints = reopen(workdir)
+    assert checkpoints.steps == [2, 4]
+    found = checkpoints.restore(random_state(0))
+    assert_equal(found.state, random_state(2))
+    assert (found.step, found.data) == (2, {"next_row": 16})
+    assert re.fullmatch(
+        r"checkpoint 4 is broken \(.+\); going on from checkpoint 2", found.notes[0]
+    )
+    aside = workdir / "broken" / "4"
+    assert found.notes[1:] == [f"what is broken is now in {aside.parent}"]
+    kept = {path.name: path.read_bytes() for path in aside.rglob("*") if path.is_file()}
+    assert kept == before
+    assert checkpoints.steps == [2]
+
+    # The run comes to the same step again.
+    checkpoints.save(4, random_state(4), {"next_row": 32})
+    checkpoints.close()
+    again = reopen(workdir)
+    found = again.restore(random_state(0))
+    again.close()
+    assert_equal(found.state, random_state(4))
+    assert (found.step, found.notes) == (4, [])
+
+
+def test_the_line_says_what_is_broken(two_saved: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    workdir = tmp_path / "run"
+    shutil.copytree(two_saved, workdir)
+    flip_a_bit(
+        max(workdir.glob(f"checkpoints/4/{DAMAGE[0][1]}"), key=lambda path: path.stat().st_size)
+    )
+    checkpoints = reopen(workdir, read_only=True)
+    note = checkpoints.restore(random_state(0)).notes[0]
+    assert "(params.w is not what was saved)" in note
+    with pytest.raises(UserError, match=r"4: params\.w is not what was saved"):
+        checkpoints.restore(random_state(0), 4)
+    checkpoints.close()
+    assert not (workdir / "broken").exists()
+    assert (workdir / "checkpoints" / "4").exists()
+
+
+def test_no_whole_checkpoint_is_an_error_and_nothing_is_touched(
+    two_saved: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    workdir = tmp_path / "run"
+    shutil.copytree(two_saved, workdir)
+    for path in workdir.glob("checkpoints/*/data/metadata"):
+        path.unlink()
+    checkpoints = reopen(workdir)
+    with pytest.raises(UserError, match=r"no checkpoint .* is whole \(4: .*; 2: .*another") as e:
+        checkpoints.restore(random_state(0))
+    checkpoints.close()
+    assert "\n" not in str(e.value)
+    assert [path.name for path in workdir.iterdir()] == ["checkpoints"]
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"2", "4"}
+
+
+def test_a_checkpoint_of_another_config_is_refused(two_saved: pathlib.Path) -> None:
+    checkpoints = reopen(two_saved, seed=8)
+    with pytest.raises(UserError, match=r"another config \(seed: 7, now 8\)"):
+        checkpoints.restore(random_state(0))
+    checkpoints.close()
+
+
+def test_other_versions_are_said(two_saved: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "_versions", lambda: {"jax": "9.9"})
+    checkpoints = reopen(two_saved)
+    notes = checkpoints.restore(random_state(0)).notes
+    checkpoints.close()
+    assert len(notes) == 1
+    assert (
+        f"other versions (flax: '{importlib.metadata.version('flax')}', now 'absent'; jax: "
+        in notes[0]
+    )
+
+
+MESHES = {
+    "data 8": {"data": 8},
+    "fsdp 8": {"fsdp": 8, "data": 1},
+    "tensor 8": {"tensor": 8, "data": 1},
+    "2x2x2": {"data": 2, "fsdp": 2, "tensor": 2},
+    "1 device": {"data": 1},
+}
+
+
+def on_mesh(state: TrainState, sizes: dict[str, int]) -> TrainState:
+    mesh = make_mesh(MeshConfig(**sizes), jax.devices()[: math.prod(sizes.values())])
+
+    def place(leaf: jax.Array) -> jax.Array:
+        spec = PartitionSpec(("data", "fsdp"), "tensor") if leaf.shape == (64, 32) else None
+        sharding = NamedSharding(mesh, spec or PartitionSpec())
+        return jax.device_put(np.asarray(leaf), sharding)
+
+    return jax.tree.map(place, state)
+
+
+def test_the_values_are_the_same_on_any_mesh(tmp_path: pathlib.Path) -> None:
+    expected = random_state(3)
+    config = CheckpointConfig(keep_last=9)
+    for number, sizes in enumerate(MESHES.values(), 1):
+        checkpoints = Checkpoints(tmp_path, config, {}, PARAMS)
+        state = on_mesh(random_state(0), sizes)
+        wanted = [leaf.sharding for leaf in jax.tree.leaves(state)]
+        if number == 1:
+            state = on_mesh(expected, sizes)
+        else:
+            found = checkpoints.restore(state)
+            assert (found.step, found.notes) == (number - 1, [])
+            state = found.state
+        checkpoints.save(number, state, {})
+        checkpoints.close()
+        assert_equal(state, expected)
+        assert [leaf.sharding for leaf in jax.tree.leaves(state)] == wanted
+
+
+def test_elements_that_changed_places_change_the_checksum() -> None:
+    rows = jnp.arange(12.0).reshape(3, 4)
+    changed = [rows[::-1], rows[:, ::-1], rows.reshape(4, 3).T, rows.at[2, 3].add(1e-6)]
+    sums = [checkpoint._checksums({"w": array})["w"] for array in (rows, *changed)]
+    assert len(set(sums)) == 5

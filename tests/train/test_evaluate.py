@@ -6,6 +6,7 @@ import pathlib
 import pytest
 
 from ranktuner_jax import cli
+from tests.tolerances import BF16_RUN_LOSS
 
 
 @pytest.fixture(autouse=True)
@@ -48,3 +49,16 @@ def test_eval_names_a_model_that_is_not_there(
 ) -> None:
     assert cli.main(["eval", f"--config={tiny_config_file}", "--model=nowhere"]) == 2
     assert "model 'nowhere': no such folder" in capsys.readouterr().err
+
+
+def test_eval_computes_in_the_type_of_the_training(
+    tiny_config_file: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        arguments = [f"--config.train.compute_dtype={dtype}", "--config.eval.task=", "--json"]
+        assert cli.main(["eval", f"--config={tiny_config_file}", *arguments]) == 0
+        found.append(json.loads(capsys.readouterr().out)["nll"])
+    wide, narrow = found
+    assert wide != narrow
+    assert narrow == pytest.approx(wide, rel=BF16_RUN_LOSS["rtol"])

@@ -3,10 +3,18 @@
 import io
 import json
 import pathlib
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
+from etils import epath
 
-from ranktuner_jax.train import Writer
+from ranktuner_jax.errors import UserError
+from ranktuner_jax.train import TelemetryConfig, Writer, writer
+from ranktuner_jax.train.writer import check_telemetry
+from tests.buckets import bucket
 
 
 class Terminal(io.StringIO):
@@ -69,3 +77,120 @@ def test_other_processes_write_nothing(
         writer.say("hello")
     assert stream.getvalue() == ""
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def written(tmp_path: pathlib.Path) -> Iterator[list[str]]:
+    """The files that are written to gs://bucket, which is a folder here."""
+    with bucket(tmp_path) as names:
+        yield names
+
+
+RUN = epath.Path("gs://bucket/run")
+
+
+@pytest.mark.usefixtures("written")
+def test_on_an_object_store_files_are_written_whole_and_a_run_goes_on() -> None:
+    with Writer(RUN, start=0, steps=2, stream=io.StringIO()) as one:
+        one.write(1, {"train/nll": 0.5})
+        one.write(2, {"train/nll": 0.4})
+        assert not (RUN / "metrics.jsonl").exists()  # It is copied from time to time only.
+    assert [line["step"] for line in read(RUN / "metrics.jsonl")] == [1, 2]
+    with Writer(RUN, start=1, steps=2, stream=io.StringIO()) as two:
+        two.write(2, {"train/nll": 0.3})
+    assert [line["train/nll"] for line in read(RUN / "metrics.jsonl")] == [0.5, 0.3]
+    [event, *_] = (RUN / "tensorboard").iterdir()
+    assert b"train/nll" in event.read_bytes()
+
+
+def test_an_object_store_is_brought_up_to_date_once_a_minute(
+    written: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(writer.time, "monotonic", lambda: now[0])
+    with Writer(RUN, start=0, steps=9, stream=io.StringIO()) as one:
+        trace = pathlib.Path(one.profile_path)
+        trace.mkdir()
+        (trace / "trace").write_text("as it stays")
+        for step, seconds in ((1, 30.0), (2, 29.0), (3, 2.0), (4, 30.0)):
+            now[0] += seconds
+            one.write(step, {"train/nll": 0.5})
+            shown = read(RUN / "metrics.jsonl") if (RUN / "metrics.jsonl").exists() else []
+            assert [line["step"] for line in shown] == ([1, 2, 3] if step >= 3 else [])
+    assert written.count("metrics.jsonl") == 2
+    assert written.count("trace") == 1
+    assert (RUN / "profile" / "trace").read_text() == "as it stays"
+    assert len(read(RUN / "metrics.jsonl")) == 4
+
+
+def test_a_second_close_does_nothing(tmp_path: pathlib.Path) -> None:
+    with Writer(tmp_path, start=0, steps=1, stream=io.StringIO()) as one:
+        one.close()
+    one.write(1, {"train/nll": 0.5})
+    assert read(tmp_path / "metrics.jsonl") == []
+
+
+def test_wandb_takes_the_same_numbers_and_an_interrupted_run_goes_on_with_them(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, Any]] = []
+
+    class Run:
+        def log(self, record: dict[str, float], step: int) -> None:
+            calls.append(("log", (step, record)))
+
+        def finish(self) -> None:
+            calls.append(("finish", None))
+
+    def init(**options: Any) -> Run:
+        calls.append(("init", options))
+        return Run()
+
+    fake = types.SimpleNamespace(init=init, Settings=lambda **options: options, Error=ValueError)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    config = TelemetryConfig(wandb="team/project")
+    for start in (0, 1):
+        with Writer(tmp_path, start, 2, config, {"seed": 3}, io.StringIO()) as one:
+            one.write(start + 1, {"train/nll": 0.5})
+    names = [name for name, _ in calls]
+    assert names == ["init", "log", "finish"] * 2
+    first, second = (options for name, options in calls if name == "init")
+    assert (first["entity"], first["project"]) == ("team", "project")
+    assert first["id"] == second["id"]
+    assert first["resume"] == "allow"
+    assert first["config"] == {"seed": 3}
+    assert first["name"] == tmp_path.name
+    assert calls[1] == ("log", (1, {"train/nll": 0.5}))
+
+
+def test_wandb_itself_writes_a_run_without_a_network(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config = TelemetryConfig(wandb="project")
+    check_telemetry(config)
+    with Writer(tmp_path, 0, 2, config, {"seed": 3}, io.StringIO()) as one:
+        one.write(1, {"train/nll": 0.5})
+    [log] = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    identity = (tmp_path / "wandb_id").read_text()
+    assert identity in log.name
+    assert "train/nll 0.5" in capsys.readouterr().err  # What it read back from its own log.
+
+
+def test_wandb_that_refuses_is_the_users_mistake(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(**options: Any) -> None:
+        raise ValueError("no API key\nand more")
+
+    fake = types.SimpleNamespace(init=init, Settings=lambda **options: options, Error=ValueError)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with pytest.raises(UserError, match=r"telemetry\.wandb=mine: no API key$"):
+        Writer(tmp_path, 0, 2, TelemetryConfig(wandb="mine"), stream=io.StringIO())
+
+
+def test_wandb_that_is_not_installed_is_the_users_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer.importlib.util, "find_spec", lambda name: None)
+    check_telemetry(TelemetryConfig())
+    with pytest.raises(UserError, match=r"telemetry\.wandb=mine: expected the package wandb"):
+        check_telemetry(TelemetryConfig(wandb="mine"))

@@ -1,0 +1,117 @@
+"""What a step asks of the machine beside what the machine has: arithmetic and memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from typing import TYPE_CHECKING
+
+import jax
+
+from ranktuner_jax import models
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["PEAK_FLOPS", "Utilisation", "peak_flops", "step_flops"]
+
+# Dense bfloat16 operations a second of one JAX device, as its maker states them, by the start of
+# `device_kind`; the first that fits counts. TPUs: the page of each version below
+# https://docs.cloud.google.com/tpu/docs. GPUs: NVIDIA's data sheets, without sparsity.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,  # v5e
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,  # v5p
+    "TPU v6 lite": 918e12,  # v6e, Trillium
+    "TPU v6e": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100": 989e12,  # SXM
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA L4": 121e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """The bfloat16 operations a second that a device is built for; None where nobody told.
+
+    Example:
+      >>> peak_flops("NVIDIA H100 80GB HBM3"), peak_flops("cpu")
+      (989000000000000.0, None)
+    """
+    return next((peak for kind, peak in PEAK_FLOPS.items() if device_kind.startswith(kind)), None)
+
+
+def step_flops(
+    config: models.DecoderConfig, tokens: float, supervised: float, seen: float
+) -> float:
+    """Operations that the matrix products of a step have to do, forward and backward.
+
+    6 for each token and each parameter of the layers, 6 for each supervised token and each entry
+    of the unembedding, 12·heads·head_dim a layer for each pair of tokens of which one sees the
+    other (a window is not taken off). Padding, recomputation and what a mask hides are work that
+    nobody asked for: they count as time, not as operations.
+
+    Args:
+      config: The model.
+      tokens: Tokens that are no padding.
+      supervised: Tokens that have a loss.
+      seen: The sum, over all tokens, of the tokens that each attends to, itself included.
+
+    Example:
+      >>> tiny = models.DecoderConfig(vocab_size=10, hidden_size=2, intermediate_size=3,
+      ...                             num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2)
+      >>> step_flops(tiny, tokens=1, supervised=0, seen=0) / 6  # q, k, v, o and the mlp's three
+      34.0
+      >>> step_flops(tiny, tokens=0, supervised=1, seen=1)
+      144
+    """
+    width, heads = config.hidden_size, config.num_heads * config.head_dim
+    kv_heads = config.num_kv_heads * config.head_dim
+    layer = 2 * width * (heads + kv_heads) + 3 * width * config.intermediate_size
+    return (
+        6 * config.num_layers * layer * tokens
+        + 6 * width * config.vocab_size * supervised
+        + 12 * config.num_layers * heads * seen
+    )
+
+
+class Utilisation:
+    """Puts the arithmetic of a step over that of the devices, and asks them for their memory.
+
+    Args:
+      config: The model.
+      devices: All devices of the run.
+    """
+
+    def __init__(self, config: models.DecoderConfig, devices: Sequence[jax.Device]) -> None:
+        self._config, self._count = config, len(devices)
+        self._peak = peak_flops(devices[0].device_kind)
+
+    def metrics(
+        self, *, tokens: float, supervised: float, seen: float, seconds: float
+    ) -> dict[str, float]:
+        """Numbers of one step for a log.
+
+        Returns:
+          `tflops_per_device` (a second), `mfu` where the peak of the devices is known,
+          `memory/host_peak_gb` (of this process, since it began) and, where the backend says so,
+          `memory/device_peak_gb` (the fullest device of this process).
+        """
+        rate = step_flops(self._config, tokens, supervised, seen) / seconds / self._count
+        numbers = {"tflops_per_device": rate / 1e12, "memory/host_peak_gb": _host_peak() / 1e9}
+        if self._peak is not None:
+            numbers["mfu"] = rate / self._peak
+        stats = [device.memory_stats() or {} for device in jax.local_devices()]
+        if used := [one["peak_bytes_in_use"] for one in stats if "peak_bytes_in_use" in one]:
+            numbers["memory/device_peak_gb"] = max(used) / 1e9
+        return numbers
+
+
+def _host_peak() -> int:
+    """The most bytes that this process has held in memory."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,227 @@
+"""The launch scripts: what they print, and what they do where the cloud is a few lines of bash."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+SCRIPTS = sorted(path for path in (ROOT / "launch").iterdir() if path.suffix != ".md")
+POD = {"ZONE": "us-west4-a", "TYPE": "v5litepod-16", "RUNTIME": "v2-alpha-tpuv5-lite"}
+
+Fake = Callable[[str, str], None]
+
+
+@pytest.fixture
+def place(tmp_path: pathlib.Path) -> pathlib.Path:
+    """A repository with nothing but the scripts."""
+    shutil.copytree(ROOT / "launch", tmp_path / "repository" / "launch")
+    return tmp_path / "repository"
+
+
+@pytest.fixture
+def fake(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
+    """Puts a command before all others; each call is kept as a line of `calls`."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
+    monkeypatch.setenv("PYTHON", sys.executable)
+
+    def install(name: str, body: str) -> None:
+        path = folder / name
+        path.write_text(f'#!/usr/bin/env bash\necho "{name} $*" | head -n 1 >> "$CALLS"\n{body}\n')
+        path.chmod(0o755)
+
+    return install
+
+
+def launch(
+    script: pathlib.Path, *arguments: str, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    # From another folder: scripts find their own.
+    return subprocess.run(
+        ["bash", script, *arguments],
+        cwd="/",
+        env=os.environ | (env or {}),
+        capture_output=True,
+        text=True,
+    )
+
+
+def calls(tmp_path: pathlib.Path) -> list[str]:
+    return (tmp_path / "calls").read_text().splitlines()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_a_script_is_valid_and_shellcheck_finds_nothing(script: pathlib.Path) -> None:
+    subprocess.run(["bash", "-n", script], check=True)
+    # Where pip put it, also when the environment is not activated.
+    places = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
+    checker = shutil.which("shellcheck", path=places)
+    assert checker is not None, "shellcheck is not installed: pip install '.[test]'"
+    command = [checker, "--shell=bash", "--external-sources", f"--source-path={ROOT}", script]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
+
+
+@pytest.mark.parametrize("gpus", [False, True])
+def test_local_prints_what_it_would_do_and_does_nothing(
+    gpus: bool, place: pathlib.Path, fake: Fake
+) -> None:
+    fake("nvidia-smi", "exit 0" if gpus else "exit 9")
+    before = sorted(place.rglob("*"))
+    ran = launch(place / "launch" / "local.sh", "--dry-run", "--config=a b.py")
+    assert ran.returncode == 0, ran.stderr
+    lines = ran.stdout.splitlines()
+    assert lines[0].startswith(f"{sys.executable} -m venv")
+    extras = r"train\,eval\,cuda" if gpus else r"train\,eval"
+    assert rf".venv/bin/pip install --quiet --editable .\[{extras}\] " in lines
+    assert lines[-1].startswith("exec .venv/bin/ranktuner train --config=smollm2_chain_sum")
+    assert lines[-1].endswith(r"--config=a\ b.py ")
+    assert sorted(place.rglob("*")) == before
+
+
+def test_local_needs_a_python_that_is_new_enough(place: pathlib.Path, fake: Fake) -> None:
+    fake("python3", "exit 1")
+    ran = launch(place / "launch" / "local.sh", env={"PYTHON": "python3"})
+    assert ran.returncode == 2
+    assert "ranktuner needs Python 3.11 or later" in ran.stderr
+
+
+def test_a_pod_run_is_printed_whole(
+    place: pathlib.Path, fake: Fake, tmp_path: pathlib.Path
+) -> None:
+    fake("gcloud", "exit 1")
+    ran = launch(
+        place / "launch" / "tpu_pod.sh", "--dry-run", "x", "--workdir=gs://b/x", "--a=b c", env=POD
+    )
+    assert ran.returncode == 0, ran.stderr
+    starts = (
+        "gcloud compute tpus queued-resources create x --node-id=x --zone=us-west4-a",
+        "tar --create",
+        "gcloud compute tpus tpu-vm scp",
+        "gcloud compute tpus tpu-vm ssh x --zone=us-west4-a --worker=all",
+        "gcloud compute tpus tpu-vm ssh x --zone=us-west4-a --worker=all",
+        "gcloud compute tpus queued-resources delete x",
+    )
+    lines = ran.stdout.splitlines()
+    assert len(lines) == len(starts)
+    assert all(line.startswith(start) for line, start in zip(lines, starts, strict=True)), lines
+    assert "--spot" in lines[0]
+    # Quoted twice: for the shell of a worker, and for the one this is pasted into.
+    assert r"ranktuner train --distributed --workdir=gs://b/x --a=b\\ c" in lines[4]
+    assert not (tmp_path / "calls").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "missing", "message"),
+    [
+        (["--workdir=gs://b/x"], "", "expected NAME --workdir=gs://BUCKET/FOLDER"),
+        (["name", "--workdir=runs/x"], "", "expected NAME --workdir=gs://BUCKET/FOLDER"),
+        (["name", "--workdir=gs://b/x"], "ZONE", "ZONE: such as us-west4-a"),
+        (["name", "--workdir=gs://b/x"], "RUNTIME", "RUNTIME: the software of that TPU"),
+    ],
+)
+def test_a_pod_needs_a_name_a_bucket_and_a_kind(
+    arguments: list[str], missing: str, message: str, place: pathlib.Path, fake: Fake
+) -> None:
+    fake("gcloud", "exit 1")
+    env = {name: value for name, value in POD.items() if name != missing}
+    ran = launch(place / "launch" / "tpu_pod.sh", *arguments, env=env)
+    assert ran.returncode
+    assert message in ran.stderr
+
+
+# What the cloud does: each line of `story` is the state of the slice, and then, where that is
+# ACTIVE, the exit code of the run.
+CLOUD = """
+case "$*" in
+  *describe*)
+    read -r now < "$STORY" || exit 1
+    [[ $now == ABSENT ]] && { sed -i 1d "$STORY"; exit 1; }
+    echo "$now"
+    [[ $now == ACTIVE ]] || sed -i 1d "$STORY" ;;
+  *ranktuner\\ train*)
+    code=$(sed -n 2p "$STORY")
+    sed -i 1,2d "$STORY"
+    exit "$code" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("story", "code", "wanted"),
+    [
+        # Booked, waited for, trained, deleted.
+        (["ABSENT", "PROVISIONING", "ACTIVE", "0"], 0, ["create", "train", "delete"]),
+        # Preempted with a notice: the state was saved, the slice is gone, then comes again.
+        (
+            ["ACTIVE", "75", "SUSPENDING", "SUSPENDED", "ABSENT", "ACTIVE", "0"],
+            0,
+            ["train", "delete", "create", "train", "delete"],
+        ),
+        # Gone without one: the connection broke.
+        (
+            ["ACTIVE", "255", "SUSPENDED", "ABSENT", "ACTIVE", "0"],
+            0,
+            ["train", "delete", "create", "train", "delete"],
+        ),
+        # One worker went, the others ended with an error of their own.
+        (
+            ["ACTIVE", "1", "SUSPENDED", "ABSENT", "ACTIVE", "0"],
+            0,
+            ["train", "create", "train", "delete"],
+        ),
+        # A bug, and a mistake: the slice is left.
+        (["ACTIVE", "1", "ACTIVE", "-"], 1, ["train"]),
+        (["ACTIVE", "2", "SUSPENDED"], 2, ["train"]),
+    ],
+)
+def test_a_pod_is_booked_again_until_the_run_is_finished(
+    story: list[str],
+    code: int,
+    wanted: list[str],
+    place: pathlib.Path,
+    fake: Fake,
+    tmp_path: pathlib.Path,
+) -> None:
+    fake("gcloud", CLOUD)
+    fake("sleep", "")
+    (tmp_path / "story").write_text("".join(f"{line}\n" for line in story))
+    ran = launch(
+        place / "launch" / "tpu_pod.sh",
+        *("x", "--workdir=gs://b/x"),
+        env={**POD, "STORY": str(tmp_path / "story"), "SPOT": "0"},
+    )
+    assert ran.returncode == code, ran.stderr
+    did = []
+    for line in (tmp_path / "calls").read_text().splitlines():
+        did += [word for word in ("create", "delete") if f"queued-resources {word}" in line]
+        did += ["train"] if "--command=cd ranktuner && while pkill" in line else []
+        assert "--spot" not in line
+    assert did == wanted
+    assert ("to delete it:" in ran.stderr) == bool(code)
+
+
+def test_slurm_prints_what_it_would_do(place: pathlib.Path) -> None:
+    ran = launch(place / "launch" / "slurm.sbatch", "--dry-run", "--workdir=runs/x")
+    assert ran.returncode == 0, ran.stderr
+    lines = ran.stdout.splitlines()
+    assert lines[0].endswith(".venv/bin/ranktuner train --distributed --workdir=runs/x ")
+    assert lines[-1] == "exec scontrol requeue JOB "
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, False), (1, False), (2, False), (75, True)])
+def test_slurm_goes_on_after_a_stop_and_only_then(
+    code: int, requeued: bool, place: pathlib.Path, fake: Fake, tmp_path: pathlib.Path
+) -> None:
+    fake("srun", f"exit {code}")
+    fake("scontrol", "")
+    ran = launch(place / "launch" / "slurm.sbatch", "--workdir=x", env={"SLURM_JOB_ID": "7"})
+    assert ran.returncode == (0 if requeued else code)
+    assert ("scontrol requeue 7" in calls(tmp_path)) == requeued

@@ -1,0 +1,66 @@
+"""Runs of several real processes on this machine, over loopback."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+
+
+def start(
+    arguments: Sequence[str],
+    *,
+    processes: int = 2,
+    devices: int = 4,
+    env: Mapping[str, str] | None = None,
+) -> list[subprocess.Popen[str]]:
+    """Starts `ranktuner train` in each process; a free port makes them find each other.
+
+    Args:
+      arguments: What follows `ranktuner train`.
+      processes: How many.
+      devices: Fake CPU devices of each.
+      env: Further variables of their environment.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        **(env or {}),
+    }
+    place = [f"--coordinator=localhost:{port}", f"--processes={processes}"]
+    command = [sys.executable, "-m", "ranktuner_jax.cli", "train", *arguments, *place]
+    return [
+        subprocess.Popen(
+            [*command, f"--process={process}"],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process in range(processes)
+    ]
+
+
+def wait(processes: Sequence[subprocess.Popen[str]], timeout: float) -> list[tuple[int, str]]:
+    """Each process's exit code and standard error; all are killed after `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+
+    def end(process: subprocess.Popen[str]) -> tuple[int, str]:
+        try:
+            _, stderr = process.communicate(timeout=max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            for other in processes:
+                other.kill()
+            _, stderr = process.communicate()
+        return process.returncode, stderr
+
+    # All are read at once: one whose pipe is full would keep the others waiting for it.
+    with concurrent.futures.ThreadPoolExecutor(len(processes)) as pool:
+        return list(pool.map(end, processes))

@@ -12,7 +12,7 @@ NLL 3.108, answers right 12.1 % (95 % interval 8.7 to 16.7).
     RankTuner, base one     1      0.905   32.0 % (26.6 to 38.0)
     RankTuner, base one     2      0.888   27.7 % (22.6 to 33.5)
     SFT                     0      0.859   28.5 % (23.3 to 34.3)
-    RankTuner, base prob    0      3.798    3.5 % (1.9 to 6.5)
+    RankTuner, base prob    0      4.482    4.7 % (2.7 to 8.0)
 
 On data as small as this, base one and SFT cannot be told apart. Base prob sharpens what the model
 is sure of already, and the plain NLL rises.

@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs it."""
+    config = load_config(args.config, args.overrides)  # A mistake is said before anybody waits.
     distributed.initialize(args)
     keep_compiled()
-    return train_and_evaluate(load_config(args.config, args.overrides), args.workdir)
+    return train_and_evaluate(config, args.workdir)

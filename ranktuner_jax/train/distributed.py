@@ -12,11 +12,11 @@ import jax
 
 from ranktuner_jax.errors import RunError, UserError
 
-__all__ = ["HEARTBEAT_SECONDS", "add_arguments", "end_alone", "initialize"]
+__all__ = ["add_arguments", "end_alone", "initialize"]
 
 # A process that is silent for so long is taken for dead, and the others end. Checkpoints and
 # compilation leave the heartbeat's thread alone, so that silence means what it says.
-HEARTBEAT_SECONDS = 30
+_HEARTBEAT_SECONDS = 30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +58,9 @@ def initialize(args: argparse.Namespace) -> None:
     if (given, args.distributed) not in ((0, True), (3, False)):
         raise UserError(
             "--coordinator, --processes, --process: expected all three, or --distributed alone "
-            "where JAX finds the processes by itself"
+            "where JAX finds the processes by itself; got "
+            f"--coordinator={args.coordinator} --processes={args.processes} "
+            f"--process={args.process} --distributed={args.distributed}"
         )
     if given and not 0 <= args.process < args.processes:
         raise UserError(
@@ -66,7 +68,7 @@ def initialize(args: argparse.Namespace) -> None:
             f"got {args.process}"
         )
     try:
-        jax.distributed.initialize(*place, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+        jax.distributed.initialize(*place, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"--distributed: {' '.join(str(error).split())}") from error
 

@@ -40,9 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs it, in the arithmetic of the config's training."""
+    config = load_config(args.config, args.overrides)
     distributed.initialize(args)
     keep_compiled()
-    config = load_config(args.config, args.overrides)
     folder = models.resolve(args.model or config.model)
     tokenizer = data.load_tokenizer(folder, config.data.chat_template)
     split = config.eval.split

@@ -12,7 +12,6 @@ import tempfile
 import time
 import uuid
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any, TextIO
 
 import jax
@@ -180,12 +179,7 @@ class Writer:
     def __enter__(self) -> Writer:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Measurements of the loss, the model, the input pipeline and whole training steps."""

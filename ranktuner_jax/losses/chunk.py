@@ -34,6 +34,8 @@ _CPU_LANES = 16
 # The histogram behind the expected rank: see `_expected_rank`.
 _RANK_BINS = 6144
 _RANK_SPAN = 42.0
+# What it takes for each token: XLA holds the counts up to three times, one spare bin included.
+RANK_BYTES = 3 * 4 * (_RANK_BINS + 1)
 
 
 @dataclasses.dataclass(frozen=True)

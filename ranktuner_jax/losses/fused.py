@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 
 from ranktuner_jax.losses.chunk import (
+    RANK_BYTES,
     Projection,
     chunk_gradients,
     chunk_logits,
@@ -30,28 +31,37 @@ if TYPE_CHECKING:
 
 __all__ = ["default_chunk_size", "fused_token_stats", "fused_weighted_nll"]
 
-# Default bytes of one chunk's float32 logits; see `default_chunk_size`.
+# Default bytes of the float32 logits of a chunk; see `default_chunk_size`.
 _CHUNK_BYTES = 256 * 2**20
 
 
-def default_chunk_size(num_tokens: int, features: int, vocab_size: int) -> int:
+def default_chunk_size(
+    num_tokens: int, features: int, vocab_size: int, *, fields: Collection[str] = ()
+) -> int:
     """Tokens whose logits are held at a time.
 
     Each chunk reads and writes the float32 gradient of the unembedding once, 8·V·D
     bytes for 6·C·V·D operations, so small chunks are bound by memory. The logits may
-    take 256 MiB, or half of what that gradient takes where this is more; rounded down
-    to a power of two.
+    take 256 MiB, or half of what that gradient takes where this is more, and the bins
+    in which `expected_rank` is counted may take half as much as the logits may. The
+    number of tokens is rounded down to a power of two.
 
     Args:
       num_tokens: Positions in the batch, supervised or not.
       features: Width D of the hidden states.
       vocab_size: Rows of the unembedding on this device.
+      fields: Optional statistics that are gathered, as a weighting's `requires` names them.
 
     Example:
       >>> default_chunk_size(2048, 576, 49152), default_chunk_size(8192, 4096, 151936)
       (1024, 2048)
+      >>> default_chunk_size(16384, 64, 256, fields=("expected_rank",))
+      1024
     """
-    tokens = max(_CHUNK_BYTES // (4 * vocab_size), features // 2, 1)
+    bound = max(_CHUNK_BYTES, 2 * vocab_size * features)
+    tokens = max(bound // (4 * vocab_size), 1)
+    if "expected_rank" in fields:
+        tokens = min(tokens, bound // 2 // RANK_BYTES)
     return max(1, min(num_tokens, 2 ** int(math.log2(tokens))))
 
 
@@ -183,7 +193,16 @@ def local_weighted_nll(
     `vocab_size` counts the rows of all of them.
     """
     mask, projection, sizes = _prepare(
-        hidden, unembed, labels, mask, bias, chunk_size, logit_cap, vocab_size, vocab_axis
+        hidden,
+        unembed,
+        labels,
+        mask,
+        bias,
+        weighting.requires,
+        chunk_size,
+        logit_cap,
+        vocab_size,
+        vocab_axis,
     )
     shards = 1 if vocab_axis is None else lax.axis_size(vocab_axis)
     check_options(labels, token_weights, sequence_ids, vocab_size, unembed.shape[0] * shards)
@@ -252,7 +271,7 @@ def fused_token_stats(
     """
     check_fields(fields)
     mask, projection, sizes = _prepare(
-        hidden, unembed, labels, mask, bias, chunk_size, logit_cap, vocab_size, None
+        hidden, unembed, labels, mask, bias, fields, chunk_size, logit_cap, vocab_size, None
     )
     check_options(labels, None, None, vocab_size, unembed.shape[0])
     return local_token_stats(hidden, unembed, labels, mask, bias, tuple(fields), projection, sizes)
@@ -314,6 +333,7 @@ def _prepare(
     labels: Int[Array, "..."],
     mask: Bool[Array, "..."] | None,
     bias: Float[Array, "V"] | None,
+    fields: Collection[str],
     chunk_size: int | None,
     logit_cap: float | None,
     vocab_size: int | None,
@@ -335,7 +355,9 @@ def _prepare(
     rows, features = unembed.shape
     if vocab_size is None:
         vocab_size = rows if vocab_axis is None else rows * lax.axis_size(vocab_axis)
-    chunk = min(chunk_size or default_chunk_size(labels.size, features, rows), labels.size) or 1
+    if chunk_size is None:
+        chunk_size = default_chunk_size(labels.size, features, rows, fields=fields)
+    chunk = min(chunk_size, labels.size) or 1
     sizes = (chunk, chunk // 4) if chunk >= 64 else (chunk,)
     projection = Projection(rows, vocab_size, logit_cap, vocab_axis)
     return resolve_mask(mask, labels), projection, sizes

@@ -32,7 +32,7 @@ class TokenStats:
     the fused loss and over a sharded vocabulary.
 
     Attributes:
-      nll: −log p of the label, nats. The only field with a gradient.
+      nll: −log p of the label, nats; the one field that losses are differentiated through.
       rank: int32, `#{v : z_v >= z_label}` ≥ 1; ties take the worst rank.
       entropy: −Σ p log p over the vocabulary, nats.
       max_prob: The largest probability.

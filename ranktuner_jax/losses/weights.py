@@ -86,9 +86,9 @@ class Weighting:
         weights = (1.0 - ramp) + ramp * weights
         if token_weights is not None:
             weights = weights * token_weights
-        # The only place where weights become constants: every method of the paper's
-        # comparison weights the gradient of the nll and has none of its own. The fused
-        # VJP, which never differentiates weights, is tested against this line.
+        # Weights become constants here: every method of the paper's comparison weights
+        # the gradient of the nll and has none of its own. The fused VJP, which does not
+        # differentiate weights, is tested against this line.
         return jax.lax.stop_gradient(weights.astype(stats.nll.dtype))
 
     def clipped(self, stats: TokenStats) -> Bool[Array, "..."]:

@@ -1,4 +1,7 @@
-"""Which axis of a parameter lies on which axis of the mesh: the one place that says so."""
+"""Which axis of a parameter or an activation lies on which axis of the mesh.
+
+Batches come placed: `train.sharding` divides their rows over the mesh axes of "batch" below.
+"""
 
 from __future__ import annotations
 

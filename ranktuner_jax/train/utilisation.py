@@ -15,13 +15,14 @@ if TYPE_CHECKING:
 
 __all__ = ["PEAK_FLOPS", "Utilisation", "peak_flops", "step_flops"]
 
-# Dense bfloat16 operations a second of one JAX device, as its maker states them, by the start of
-# `device_kind`; the first that fits counts. TPUs: the page of each version below
+# Dense bfloat16 operations a second of one JAX device, as its maker states them, by the words that
+# `device_kind` begins with; the first that fits counts. TPUs: the page of each version below
 # https://docs.cloud.google.com/tpu/docs. GPUs: NVIDIA's data sheets, without sparsity.
 PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,  # v5e
     "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
     "TPU v5": 459e12,  # v5p
     "TPU v6 lite": 918e12,  # v6e, Trillium
     "TPU v6e": 918e12,
@@ -29,20 +30,30 @@ PEAK_FLOPS = {
     "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H100 NVL": 835e12,
     "NVIDIA H100": 989e12,  # SXM
+    "NVIDIA H200 NVL": 835e12,
     "NVIDIA H200": 989e12,
+    "NVIDIA GH200": 989e12,
     "NVIDIA B200": 2250e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA L40": 181e12,
     "NVIDIA L4": 121e12,
 }
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """The bfloat16 operations a second that a device is built for; None where nobody told.
+    """The bfloat16 operations a second that a device is built for; None if it is not known.
 
     Example:
       >>> peak_flops("NVIDIA H100 80GB HBM3"), peak_flops("cpu")
       (989000000000000.0, None)
     """
-    return next((peak for kind, peak in PEAK_FLOPS.items() if device_kind.startswith(kind)), None)
+
+    def fits(name: str) -> bool:
+        # Whole words only: an L40S is not an L4.
+        rest = device_kind.removeprefix(name)
+        return rest != device_kind and not rest[:1].isalnum()
+
+    return next((peak for name, peak in PEAK_FLOPS.items() if fits(name)), None)
 
 
 def step_flops(
@@ -80,7 +91,7 @@ def step_flops(
 
 
 class Utilisation:
-    """Puts the arithmetic of a step over that of the devices, and asks them for their memory.
+    """Compares a step's arithmetic with what the devices could do, and reads their memory use.
 
     Args:
       config: The model.

@@ -294,6 +294,31 @@ def test_memory_is_a_fraction_of_dense():
     assert fused < temporaries(dense) / 4
 
 
+def test_the_default_chunk_leaves_room_for_the_bins_of_the_expected_rank():
+    hidden, unembed, labels = (
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape, dtype in (((16384, 64), "float32"), ((256, 64), "float32"), ((16384,), "int32"))
+    )
+
+    def loss(*arrays):
+        return losses.fused_weighted_nll(*arrays, weighting=losses.RankTuner(scale="exact")).total
+
+    def stats(*arrays):
+        return losses.fused_token_stats(*arrays, fields=("expected_rank",))
+
+    for function in (loss, jax.grad(loss, argnums=(0, 1)), stats):
+        compiled = jax.jit(function).lower(hidden, unembed, labels).compile()
+        # Without room for them it would be above a gibibyte.
+        assert compiled.memory_analysis().temp_size_in_bytes < 256 * 2**20
+
+
+@pytest.mark.parametrize("vocab", [49152, 65536, 128256, 151936, 262144])
+@pytest.mark.parametrize("features", [576, 1024, 2048, 4096, 8192])
+def test_a_large_vocabulary_has_the_same_chunks_with_and_without_bins(vocab, features):
+    size = losses.default_chunk_size(16384, features, vocab)
+    assert losses.default_chunk_size(16384, features, vocab, fields=("expected_rank",)) == size
+
+
 def small_model(params, inputs):
     return jnp.tanh(inputs @ params["w"])
 

@@ -9,8 +9,6 @@ import pathlib
 import tempfile
 
 import numpy as np
-import torch
-import transformers
 
 from tests.models import tiny
 
@@ -19,6 +17,10 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 def torch_logits(folder: pathlib.Path) -> np.ndarray:
     """Logits of the folder's model on `tiny.TOKENS`, in float32."""
+    # Here, since collecting the tests imports this file, and most have no torch.
+    import torch
+    import transformers
+
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     )

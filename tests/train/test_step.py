@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,8 @@ import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ranktuner_jax import losses
 from ranktuner_jax.models import Decoder, DecoderConfig
@@ -144,17 +148,59 @@ def test_how_a_batch_is_cut_changes_nothing(
     assert_same(whole, parts)
 
 
-def test_no_device_holds_the_activations_of_the_whole_batch(
-    batch: dict[str, np.ndarray], capfd: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def compiled_anew() -> Iterator[None]:
+    """Keeps programs from coming out of a cache, for then XLA would not say anything."""
+    for enabled in (False, True):
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
+        if not enabled:
+            yield
+
+
+def compile_on_a_mesh(batch: dict[str, np.ndarray]) -> str:
+    """The program of one device of eight, which share rows, parameters and vocabulary."""
     config = make_config(data=2, fsdp=2, tensor=2)
     mesh = make_mesh(config.mesh)
     model = Decoder(MODEL, rngs=nnx.Rngs(0), mesh=mesh)
     state = init_state(model, make_optimizer(config.optimizer, STEPS), mesh)
     step = make_train_step(config, STEPS, mesh, state)
-    step.lower(state, place_batch(mesh, batch, 1)).compile()
-    # XLA says so where it finds no other way from one sharding to another.
-    assert "full rematerialization" not in capfd.readouterr().err
+    return str(step.lower(state, place_batch(mesh, batch, 1)).compile().as_text())
+
+
+def test_no_device_holds_the_activations_of_the_whole_batch(batch: dict[str, np.ndarray]) -> None:
+    # Of such numbers of rows and tokens no other size is made.
+    rows, length = 44, 10
+    long = {
+        name: np.resize(value, (rows, *value.shape[1:]))[..., :length]
+        for name, value in batch.items()
+    }
+    long["row_index"] = np.arange(rows, dtype=np.int32)
+    text = compile_on_a_mesh(long)
+    shapes = re.findall(r"\b(?:f32|bf16)\[([\d,]+)\]", text)
+    sizes = {int(size) for shape in shapes for size in shape.split(",")}
+    assert {rows // 4, rows // 4 * length} <= sizes  # It sees those of the device's own rows.
+    assert not {rows, rows * length} & sizes
+
+
+@pytest.mark.usefixtures("compiled_anew")
+def test_xla_knows_a_way_between_all_shardings_of_a_step(
+    batch: dict[str, np.ndarray], capfd: pytest.CaptureFixture[str]
+) -> None:
+    # Where it knows none, it says so, and replicates the array first.
+    said = "full rematerialization"
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+
+    @jax.jit
+    def from_columns_to_rows(x: jax.Array) -> jax.Array:
+        for axes in ((None, "fsdp"), (("data", "fsdp"), None)):
+            x = jax.lax.with_sharding_constraint(x * 2, NamedSharding(mesh, PartitionSpec(*axes)))
+        return x
+
+    from_columns_to_rows.lower(jnp.ones((8, 8))).compile()
+    assert said in capfd.readouterr().err
+    compile_on_a_mesh(batch)
+    assert said not in capfd.readouterr().err
 
 
 def test_micro_batches_of_bfloat16_are_summed_in_float32(batch: dict[str, np.ndarray]) -> None:

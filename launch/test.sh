@@ -1,13 +1,19 @@
 #!/usr/bin/env bash
 # Runs every check: format, lint, types, then all tests and the examples in docstrings.
 #
-#   ./launch/test.sh                      arguments go to pytest: ./launch/test.sh -k losses
-#   RANKTUNER_PARITY=1 ./launch/test.sh   also compares with PyTorch (installs it)
+#   ./launch/test.sh             arguments go to pytest: ./launch/test.sh -k losses
+#   ./launch/test.sh --parity    instead, what compares with PyTorch, installed into .venv-parity
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/venv.sh
 
-install_into_venv "test${RANKTUNER_PARITY:+,parity}"
+if [[ ${1:-} == --parity ]]; then
+  shift
+  VENV=.venv-parity
+  install_into_venv test,parity
+  exec "$VENV/bin/python" -m pytest -n 2 -m parity "$@"
+fi
+install_into_venv test
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/mypy

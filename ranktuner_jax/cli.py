@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
-from ranktuner_jax.errors import RunError, UserError
+from ranktuner_jax.errors import RunError, SaidElsewhere, UserError
 
 __all__ = ["main"]
 
 # Command -> (module with add_arguments and run, what it does). A module is imported only when
 # its command is called, so that `ranktuner --help` answers at once.
 COMMANDS = {
-    "train": ("ranktuner_jax.train.command", "fine-tune a model, evaluated before and after"),
-    "eval": ("ranktuner_jax.train.evaluate", "evaluate a model on held-out conversations"),
-    "export": ("ranktuner_jax.train.export", "write a run's checkpoint as a Hugging Face folder"),
-    "data prepare": ("ranktuner_jax.data.prepare", "write a data set where training finds it"),
-    "data inspect": ("ranktuner_jax.data.inspect", "show what the model sees of a data set"),
+    "train": (
+        "ranktuner_jax.train.commands.train",
+        "fine-tune a model, evaluated before and after",
+    ),
+    "eval": ("ranktuner_jax.train.commands.eval", "evaluate a model on held-out conversations"),
+    "export": (
+        "ranktuner_jax.train.commands.export",
+        "write a run's checkpoint as a Hugging Face folder",
+    ),
+    "data prepare": (
+        "ranktuner_jax.train.commands.data_prepare",
+        "write a data set where training finds it",
+    ),
+    "data inspect": (
+        "ranktuner_jax.train.commands.data_inspect",
+        "show what the model sees of a data set",
+    ),
     "bench loss": ("ranktuner_jax.bench.loss", "time and memory of the losses"),
     "bench model": ("ranktuner_jax.bench.model", "time and memory of the model"),
     "bench train": ("ranktuner_jax.bench.train", "time and memory of a whole training step"),
@@ -47,14 +61,36 @@ def main(argv: Sequence[str] | None = None) -> int:
       0
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    # Where transformers does not find PyTorch it says so before anything of ours; none is needed.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
-        return _dispatch(argv)
+        code = _dispatch(argv)
+        sys.stdout.flush()  # Here, where it can be caught that nobody reads any more.
+        return code
     except UserError as error:
-        print(f"ranktuner: {error}", file=sys.stderr)
+        if not isinstance(error, SaidElsewhere):
+            print(f"ranktuner: {error}", file=sys.stderr)
         return USER_MISTAKE
     except RunError as error:
         print(f"ranktuner: {error}", file=sys.stderr)
         return CANNOT_GO_ON
+    except BrokenPipeError:
+        _give_up_unwritten_output()  # `| head` has seen enough.
+        return CANNOT_GO_ON
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"ranktuner: {error}; make room, then run the command again", file=sys.stderr)
+        _give_up_unwritten_output()
+        return CANNOT_GO_ON
+
+
+def _give_up_unwritten_output() -> None:
+    """Where standard output cannot be written, Python would fail again at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -81,6 +117,8 @@ def _dispatch(argv: list[str]) -> int:
     module.add_arguments(parser)
     arguments = argv[len(name.split()) :]
     if {"-h", "--help"} & set(arguments):
+        if describe := parser.get_default("describe_config"):
+            parser.epilog = describe(arguments)
         print(parser.format_help())
         return 0
     args, rest = parser.parse_known_args(arguments)

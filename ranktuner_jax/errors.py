@@ -1,6 +1,6 @@
 """The exceptions that one line explains: a user's mistake, and a run that cannot go on."""
 
-__all__ = ["RunError", "UserError"]
+__all__ = ["RunError", "SaidElsewhere", "UserError"]
 
 
 class UserError(Exception):
@@ -13,6 +13,18 @@ class UserError(Exception):
       >>> raise UserError("data.split: expected 'train' or 'test', got 'trian'; fix the spelling")
       Traceback (most recent call last):
       ranktuner_jax.errors.UserError: data.split: expected 'train' or 'test', got 'trian'; ...
+    """
+
+
+class SaidElsewhere(UserError):  # noqa: N818 (it is no error of its own)
+    """A mistake of the user that another process of the run has said already.
+
+    The command line exits with code 2 and says nothing.
+
+    Example:
+      >>> raise SaidElsewhere("data.source: expected a file, got rows.json, which does not exist")
+      Traceback (most recent call last):
+      ranktuner_jax.errors.SaidElsewhere: data.source: expected a file, got rows.json, ...
     """
 
 

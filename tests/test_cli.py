@@ -1,5 +1,6 @@
 """The command line: what it imports, what it answers, how it fails."""
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -34,14 +35,106 @@ def test_help_of_train_lists_keys_with_values_and_meaning(
     assert cli.main(["train", "--help"]) == 0
     shown = capsys.readouterr().out
     assert "--workdir" in shown
-    assert "--config.optimizer.learning_rate=1e-05" in shown
+    assert "--config.optimizer.learning_rate=0.0001" in shown
     assert "Peak learning rate." in shown
+
+
+def test_help_shows_the_values_of_the_config_that_is_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
+) -> None:
+    def rate(*arguments: str) -> str:
+        assert cli.main(["train", *arguments, "--help"]) == 0
+        [line] = [
+            s for s in capsys.readouterr().out.splitlines() if "optimizer.learning_rate=" in s
+        ]
+        return line.split()[0].split("=")[1]
+
+    mine = tmp_path / "mine.py"
+    mine.write_text("def get_config():\n    return {'optimizer': {'learning_rate': 0.125}}\n")
+    assert rate() == "0.0001"  # That of smollm2_chain_sum, which runs where none is named.
+    assert rate("--config=numina_math") == "5e-05"
+    assert rate("--config", str(mine)) == "0.125"
+    assert rate(f"--config={mine}", "--config.optimizer.learning_rate=0.25") == "0.25"
+    assert cli.main(["train", "--help", "--config=numina_meth"]) == 2
+    assert "did you mean numina_math?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["train", "eval", "data prepare", "data inspect", "bench data"])
+def test_every_command_with_data_takes_a_config_and_its_keys(
+    name: str, capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
+) -> None:
+    needed = {"train": ["--workdir"], "data prepare": ["--output"]}.get(name, [])
+    arguments = [f"{flag}={tmp_path}/x" for flag in needed]
+    source = "--config.data.source=none.jsonl"
+    assert cli.main([*name.split(), *arguments, "--config=own_data", source]) == 2
+    shown = capsys.readouterr().err
+    assert "data.source: expected a file, got none.jsonl" in shown
+    assert cli.main([*name.split(), "--help", "--config=own_data"]) == 0
+    assert "--config.data.holdout=0.05" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*name.split(), "--help"]) == 0
     assert f"ranktuner {name}" in capsys.readouterr().out
+
+
+def run_buffered(argv: list[str], stdout: int) -> subprocess.CompletedProcess[str]:
+    """A command in a process of its own, whose output is buffered as usual."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-m", "ranktuner_jax.cli", *argv]
+    return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, env=env)
+
+
+# The first is written at exit, the second is more than a buffer holds.
+LONG_AND_SHORT = pytest.mark.parametrize("argv", [["--help"], ["train", "--help"]], ids=" ".join)
+
+
+@LONG_AND_SHORT
+def test_a_full_disk_is_a_line_and_no_mistake(argv: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        ran = run_buffered(argv, full.fileno())
+    assert ran.returncode == 1
+    assert ran.stderr == (
+        "ranktuner: [Errno 28] No space left on device; make room, then run the command again\n"
+    )
+
+
+@LONG_AND_SHORT
+def test_a_reader_that_has_seen_enough_is_no_error(argv: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    ran = run_buffered(argv, writer)
+    os.close(writer)
+    assert ran.stderr == ""
+    assert ran.returncode == 1
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["train", "--workdir=x", "--config.data.source=none.jsonl"],
+        ["train", "--workdir=x", "--config=broken.py"],
+        ["eval", "--config=own_data", "--model=none"],
+        ["data", "inspect", "--config.data.source=none.jsonl"],
+        ["data", "prepare", "--output=y", "--config.data.source=none.jsonl"],
+        ["bench", "data", "--config.model=none"],
+        ["export", "--workdir=none", "--output=y"],
+    ],
+    ids=" ".join,
+)
+def test_nothing_stands_beside_the_line_that_answers_a_mistake(
+    argv: list[str], tmp_path: pathlib.Path
+) -> None:
+    """In a process of its own, in which libraries may have something to say at their import."""
+    (tmp_path / "broken.py").write_text("def get_config():\n    return {\n")
+    command = [sys.executable, "-m", "ranktuner_jax.cli", *argv]
+    env = os.environ | {"RANKTUNER_CACHE": str(tmp_path / "cache")}
+    ran = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert ran.returncode == 2
+    assert ran.stdout == ""
+    assert ran.stderr.startswith("ranktuner: ")
+    assert ran.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def bare_python(pytestconfig: pytest.Config) -> pathlib.Path:
             )
             if built.returncode:
                 # Continuous integration has an index; elsewhere the tests need no network.
-                give_up = pytest.fail if os.environ.get("RANKTUNER_PARITY") else pytest.skip
+                give_up = pytest.fail if os.environ.get("CI") else pytest.skip
                 give_up(f"no index to install JAX from: {built.stderr.strip()[-200:]}")
             (folder / "ready").touch()
     return python

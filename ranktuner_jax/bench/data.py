@@ -1,6 +1,7 @@
 """Measure how fast conversations become batches: tokens a second, and how full the rows are.
 
-ranktuner bench data --source=gsm_symbolic --row_length=1024
+ranktuner bench data
+ranktuner bench data --config=own_data --config.data.source=rows.jsonl --config.data.row_length=1024
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ranktuner_jax import data, models
-from ranktuner_jax.data.options import add_config_arguments, config_from
+from ranktuner_jax.train.commands import flags
 
 __all__ = ["Measurement", "add_arguments", "measure", "run"]
 
@@ -39,21 +40,8 @@ class Measurement:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of `ranktuner bench data`."""
-    parser.add_argument("--model", default="smollm2-135m", help="whose tokenizer [%(default)s]")
-    parser.add_argument("--batch_size", type=int, default=16, help="rows a batch [%(default)s]")
-    add_config_arguments(
-        parser,
-        "source",
-        "split",
-        "chat_template",
-        "strip_calculator_marks",
-        "row_length",
-        "packing",
-        "on_bad_row",
-        "too_long",
-    )
-    parser.set_defaults(source="gsm_symbolic")
+    """Declares what `ranktuner bench data` takes."""
+    flags.add_config(parser, default="smollm2_gsm_symbolic", groups=("model", "data"))
 
 
 def measure(config: data.DataConfig, model: str, batch_size: int) -> Measurement:
@@ -88,7 +76,8 @@ def measure(config: data.DataConfig, model: str, batch_size: int) -> Measurement
 
 def run(args: argparse.Namespace) -> int:
     """Prints the measurement."""
-    result = measure(config_from(args), args.model, args.batch_size)
+    config = flags.read_config(args)
+    result = measure(config.data, config.model, config.train.batch_size)
     table = Table(box=None, show_header=False)
     table.add_column()
     table.add_column(justify="right")

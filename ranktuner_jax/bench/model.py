@@ -29,6 +29,7 @@ from rich.table import Table
 
 from ranktuner_jax import models
 from ranktuner_jax.models.hf import tensor_names
+from ranktuner_jax.train.commands import flags
 
 __all__ = ["Measurement", "add_arguments", "measure", "measure_loading", "run"]
 
@@ -50,7 +51,8 @@ class Measurement:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `ranktuner bench model`."""
-    parser.add_argument("--model", default="smollm2-135m", help="name or folder [%(default)s]")
+    flags.add_config(parser, default="smollm2_chain_sum", groups=("model",))
+    parser.add_argument("--model", help="a folder or a name; the config's by default")
     parser.add_argument("--batch_size", type=int, default=16, help="rows [%(default)s]")
     parser.add_argument("--length", type=int, default=64, help="tokens a row [%(default)s]")
     parser.add_argument("--repeats", type=int, default=3, help="the fastest counts [%(default)s]")
@@ -198,15 +200,16 @@ def run(args: argparse.Namespace) -> int:
             f"{peak - kept:.0f} MB beside the model, of {bound:.0f} MB allowed"
         )
         return 0
+    model = args.model or flags.read_config(args).model
     size = {"batch_size": args.batch_size, "length": args.length, "repeats": args.repeats}
     rows = []
     if importlib.util.find_spec("torch") is None:
         console.print("torch is not installed (extra `parity`): no comparison")
     else:
-        rows.append(_measure_torch(args.model, **size))
+        rows.append(_measure_torch(model, **size))
     for dtype in ("float32", "bfloat16"):
         for remat in models.REMAT_POLICIES:
-            rows.append(measure(args.model, **size, dtype=dtype, remat=remat))
+            rows.append(measure(model, **size, dtype=dtype, remat=remat))
     table = Table(title=f"forward and backward, {args.batch_size} rows of {args.length} tokens")
     for column in ("", "s", "× first row", "temp GB"):
         table.add_column(column, justify="right" if column else "left")

@@ -44,6 +44,7 @@ from ranktuner_jax.train import (
     make_train_step,
     place_batch,
 )
+from ranktuner_jax.train.commands import flags
 
 __all__ = ["Case", "add_arguments", "input_share", "jax_cases", "ratio", "run", "torch_cases"]
 
@@ -82,7 +83,7 @@ class Case:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `ranktuner bench train`."""
-    parser.add_argument("--config", default="smollm2_chain_sum", help="the run [%(default)s]")
+    flags.add_config(parser, default="smollm2_chain_sum")
     parser.add_argument("--model", help="another model than the config's")
     parser.add_argument("--batch_size", type=int, help="rows a step [the config's]")
     parser.add_argument("--length", type=int, help="tokens a row [the config's]")
@@ -91,7 +92,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compute_dtype", choices=DTYPES, nargs="+", default=DTYPES, help="[both in turn]"
     )
     parser.add_argument("--repeats", type=int, default=5, help="steps of each case [%(default)s]")
-    parser.set_defaults(overrides=[])
 
 
 def run(args: argparse.Namespace) -> int:

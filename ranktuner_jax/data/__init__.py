@@ -1,6 +1,7 @@
 """Records to conversations, to tokens with a completion mask, to packed rows, to batches."""
 
-from ranktuner_jax.data.chat import ChatEncoder, TokenizedChat
+from ranktuner_jax.data.chat import ChatEncoder, TokenizedChat, turn_end_id
+from ranktuner_jax.data.holdout import HOLDOUT
 from ranktuner_jax.data.packing import best_fit
 from ranktuner_jax.data.pipeline import (
     BatchIterator,
@@ -17,6 +18,7 @@ from ranktuner_jax.data.storage import write_dataset
 from ranktuner_jax.data.tokenizer import load_tokenizer
 
 __all__ = [
+    "HOLDOUT",
     "BadRowError",
     "BatchIterator",
     "ChatEncoder",
@@ -33,5 +35,6 @@ __all__ = [
     "load_tokenizer",
     "read_source",
     "to_conversation",
+    "turn_end_id",
     "write_dataset",
 ]

@@ -12,14 +12,14 @@ import jinja2
 import numpy as np
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from ranktuner_jax.data.records import BadRowError, Conversation
+from ranktuner_jax.data.records import BadRowError, Conversation, to_conversation
 from ranktuner_jax.errors import UserError
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float32, Int32
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["ChatEncoder", "TokenizedChat"]
+__all__ = ["ChatEncoder", "TokenizedChat", "turn_end_id"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,3 +330,42 @@ class ChatEncoder:
             return function(argument)
         except BadRowError as error:
             return error
+
+
+def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that ends an assistant's turn under the tokenizer's chat template.
+
+    Found by encoding a short conversation; with a system prompt where the template wants one.
+
+    Args:
+      tokenizer: As in `ChatEncoder`.
+
+    Raises:
+      UserError: If the tokenizer has no chat template or no special tokens, or the template
+        refuses such a conversation.
+
+    Example:
+      >>> import tokenizers, transformers
+      >>> words = {word: i for i, word in enumerate(["?", "<eos>", "<end>"])}
+      >>> backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="?"))
+      >>> backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+      >>> tokenizer = transformers.PreTrainedTokenizerFast(
+      ...     tokenizer_object=backend,
+      ...     eos_token="<eos>",
+      ...     additional_special_tokens=["<end>"],
+      ...     chat_template="{% for m in messages %}{{ m.content + '<end>' }}{% endfor %}",
+      ... )
+      >>> turn_end_id(tokenizer)
+      2
+    """
+    roles = ("system", "user", "assistant")
+    messages = [{"role": role, "content": "Hello."} for role in roles]
+    probes = [to_conversation({"messages": turns}) for turns in (messages[1:], messages)]
+    results = ChatEncoder(tokenizer).encode(probes)
+    for samples in results:
+        if not isinstance(samples, BadRowError):
+            return int(samples[-1].tokens[-1])
+    raise UserError(
+        "model: expected a chat template that takes a user's and an assistant's turn, got one "
+        f"that does not, with or without a system prompt: {results[0]}; set data.chat_template"
+    )

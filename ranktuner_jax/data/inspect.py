@@ -1,16 +1,8 @@
-"""Show what a model sees of a data set: its first rows as text, what is supervised, and lengths.
-
-Supervised text is green (or stands in ⟦brackets⟧ where there are no colours): the model learns to
-write it, after everything above it in the same conversation.
-
-  ranktuner data inspect --model=models/Qwen3-0.6B --source=data/gsm8k --row_length=512
-"""
+"""What a model sees of a data set, on a terminal: its rows as text, their lengths, the counts."""
 
 from __future__ import annotations
 
-import argparse
 import itertools
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,60 +11,19 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from ranktuner_jax.data.options import add_config_arguments, config_from
-from ranktuner_jax.data.pipeline import Rows, Summary, load_rows
-from ranktuner_jax.data.storage import cache_dir
-from ranktuner_jax.data.tokenizer import load_tokenizer
+from ranktuner_jax.data.pipeline import Rows, Summary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["add_arguments", "run", "show_rows", "show_summary"]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of `ranktuner data inspect`."""
-    parser.add_argument(
-        "--model",
-        default="smollm2-135m",
-        help="whose tokenizer: a folder, or a name that training put into the cache [%(default)s]",
-    )
-    parser.add_argument("--rows", type=int, default=2, help="how many rows to show [%(default)s]")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the packing [%(default)s]")
-    add_config_arguments(
-        parser,
-        "source",
-        "split",
-        "subset",
-        "data_dir",
-        "prompt_column",
-        "completion_column",
-        "chat_template",
-        "system",
-        "enable_thinking",
-        "strip_calculator_marks",
-        "row_length",
-        "packing",
-        "on_bad_row",
-        "too_long",
-    )
-
-
-def run(args: argparse.Namespace) -> int:
-    """Prints the first rows, the lengths and the counts."""
-    cached = cache_dir() / "models" / args.model
-    folder = cached if cached.is_dir() and not Path(args.model).is_dir() else args.model
-    config = config_from(args)
-    tokenizer = load_tokenizer(folder, config.chat_template)
-    rows = load_rows(config, tokenizer, seed=args.seed)
-    console = Console(highlight=False)
-    show_rows(console, rows, tokenizer, min(args.rows, len(rows)))
-    show_summary(console, rows.summary)
-    return 0
+__all__ = ["show_rows", "show_summary"]
 
 
 def show_rows(console: Console, rows: Rows, tokenizer: PreTrainedTokenizerBase, count: int) -> None:
-    """Prints the first rows as a person reads them, supervised text marked."""
+    """Prints the first rows as a person reads them.
+
+    Supervised text is green, or stands in ⟦brackets⟧ where there are no colours.
+    """
     decode = tokenizer.backend_tokenizer.decode
     for index in range(count):
         row = rows[index]
@@ -110,6 +61,8 @@ def show_summary(console: Console, summary: Summary) -> None:
     table.add_column()
     table.add_column(justify="right")
     table.add_row("conversations read", f"{summary.read:,}")
+    if summary.held_out:
+        table.add_row("held out", f"{summary.held_out:,}")
     table.add_row("samples kept", f"{summary.kept:,}")
     table.add_row("truncated", f"{summary.truncated:,}")
     table.add_row("too long and dropped", f"{summary.dropped:,}")

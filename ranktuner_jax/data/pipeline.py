@@ -40,6 +40,7 @@ import grain
 import numpy as np
 
 from ranktuner_jax.data.chat import ChatEncoder, TokenizedChat
+from ranktuner_jax.data.holdout import HOLDOUT, Holdout
 from ranktuner_jax.data.packing import best_fit, packing_order
 from ranktuner_jax.data.records import BadRowError, Conversation, to_conversation
 from ranktuner_jax.data.sources import read_source
@@ -70,6 +71,9 @@ class DataConfig:
       source: A built-in name, a file, a TFDS name or folder, or `hub:owner/name`;
         see `read_source`.
       split: Training split, in the notation of TFDS (`train`, `train[:10000]`).
+      holdout: What of the training split is kept out of training, to be evaluated as
+        `eval.split=holdout`: below 1 a share, from 1 on a number of prompts; 0 for none.
+        Conversations that begin with the same prompt stay together.
       mixture: Pairs (source, weight) to train on instead of `source`. Weights
         are shares of rows; each source is reshuffled and repeated on its own.
       subset: The configuration of a hub data set.
@@ -98,6 +102,7 @@ class DataConfig:
 
     source: str = "chain_sum"
     split: str = "train"
+    holdout: float = 0.0
     mixture: tuple[tuple[str, float], ...] = ()
     subset: str = ""
     data_dir: str = ""
@@ -122,6 +127,11 @@ class DataConfig:
                     f"data.{name}: expected one of {', '.join(allowed)}, "
                     f"got {getattr(self, name)!r}"
                 )
+        if not (0 <= self.holdout < 1 or self.holdout % 1 == 0 < self.holdout):
+            raise UserError(
+                "data.holdout: expected a share below 1, or a whole number of prompts, got "
+                f"{self.holdout}"
+            )
         if self.row_length < 2:
             raise UserError(f"data.row_length: expected at least 2, got {self.row_length}")
         if bool(self.prompt_column) != bool(self.completion_column):
@@ -146,6 +156,7 @@ class Summary:
       read: Rows of the source.
       bad: Reason to number of rows skipped; empty unless `on_bad_row=skip`.
       first_bad: The first row skipped, with its reason.
+      held_out: Conversations that `data.holdout` keeps out of training.
       dropped: Conversations longer than a row that were left out, or of which
         truncation would have left nothing to learn.
       truncated: Conversations cut at the end of a row.
@@ -154,6 +165,8 @@ class Summary:
       tokens: Positions of these samples.
       supervised: How many of them are supervised.
       rows: Rows they were laid out in.
+      unpacked: Whether each has a row of its own although they could share rows, because rows
+        that they share would not fill a batch.
       row_length: Positions of a row.
       lengths: Positions of each sample.
     """
@@ -162,12 +175,14 @@ class Summary:
     read: int = 0
     bad: collections.Counter[str] = field(default_factory=collections.Counter)
     first_bad: str = ""
+    held_out: int = 0
     dropped: int = 0
     truncated: int = 0
     kept: int = 0
     tokens: int = 0
     supervised: int = 0
     rows: int = 0
+    unpacked: bool = False
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
 
     @property
@@ -177,10 +192,13 @@ class Summary:
 
     def __str__(self) -> str:
         parts = [
-            f"{self.read:,} conversations",
+            f"{self.read - self.held_out:,} conversations"
+            + f" and {self.held_out:,} held out" * bool(self.held_out),
             f"{self.rows:,} rows of {self.row_length:,} ({self.fill:.1%} filled)",
             f"{self.tokens:,} tokens ({self.supervised / max(1, self.tokens):.1%} supervised)",
         ]
+        if self.unpacked:
+            parts.append("not packed, for packed they would not fill a batch")
         if self.truncated:
             parts.append(f"{self.truncated:,} truncated")
         if self.dropped:
@@ -444,6 +462,7 @@ def load_rows(
     *,
     split: str | None = None,
     seed: int = 0,
+    min_rows: int = 1,
 ) -> Rows:
     """Reads, tokenizes and packs a split.
 
@@ -453,8 +472,10 @@ def load_rows(
     Args:
       config: What to read, and how to lay it out.
       tokenizer: A fast tokenizer with a chat template.
-      split: Read instead of `config.split`.
+      split: Read instead of `config.split`; `holdout` is what that split leaves out.
       seed: Decides which conversations share a row.
+      min_rows: Where packing would give fewer rows (the data do not fill a batch), every
+        conversation has a row of its own.
 
     Returns:
       The rows, with a summary of what became of every conversation.
@@ -466,8 +487,7 @@ def load_rows(
     encoder = ChatEncoder(tokenizer, enable_thinking=config.enable_thinking)
     summary = Summary(config.row_length)
     chats: list[TokenizedChat] = []
-    groups: list[list[int]] = []
-    parts = []
+    bounds: list[tuple[int, int, float]] = []
     for source, weight in config.mixture or ((config.source, 1.0),):
         first = len(chats)
         for conversation, samples in _tokenized(
@@ -479,20 +499,27 @@ def load_rows(
             raise UserError(
                 f"data: nothing to learn from in {source}, split {split or config.split}: {summary}"
             )
-        lengths = [len(chat.tokens) - 1 for chat in chats[first:]]
-        packed = (
-            best_fit(lengths, config.row_length, packing_order(lengths, seed))
-            if config.packing
-            else [[i] for i in range(len(lengths))]
-        )
-        groups += [[first + i for i in row] for row in packed]
-        parts.append((len(packed), weight))
+        bounds.append((first, len(chats), weight))
+    lengths = [len(chat.tokens) - 1 for chat in chats]
+    layouts = [[[i] for i in range(first, last)] for first, last, _ in bounds]
+    if config.packing:
+        packed = [_packed(lengths[first:last], first, config, seed) for first, last, _ in bounds]
+        summary.unpacked = sum(map(len, packed)) < min_rows
+        layouts = layouts if summary.unpacked else packed
+    groups = [row for layout in layouts for row in layout]
+    parts = [(len(layout), weight) for layout, (_, _, weight) in zip(layouts, bounds, strict=True)]
     summary.kept = len(chats)
-    summary.lengths = np.array([len(chat.tokens) - 1 for chat in chats], np.int32)
+    summary.lengths = np.array(lengths, np.int32)
     summary.tokens = int(summary.lengths.sum())
     summary.supervised = sum(int(chat.mask[1:].sum()) for chat in chats)
     summary.rows = len(groups)
     return Rows(chats, groups, row_length=config.row_length, summary=summary, parts=parts)
+
+
+def _packed(lengths: list[int], first: int, config: DataConfig, seed: int) -> list[list[int]]:
+    """Rows of one source's samples, numbered from `first`."""
+    rows = best_fit(lengths, config.row_length, packing_order(lengths, seed))
+    return [[first + i for i in row] for row in rows]
 
 
 def load_examples(
@@ -548,12 +575,34 @@ def conversations(
     Args:
       config: How rows are read, and what happens to bad ones.
       source: Read instead of `config.source`.
-      split: Read instead of `config.split`.
+      split: Read instead of `config.split`; `holdout` is what that split leaves out.
       summary: Where rows are counted.
 
     Raises:
       UserError: If the source does not exist, or a row is bad and must not be.
     """
+    if split == HOLDOUT and not config.holdout:
+        raise UserError(
+            "split: expected data.holdout above 0 for the split 'holdout', got 0; name another "
+            "split in eval.split, or set data.holdout=0.05"
+        )
+    if not config.holdout or split not in (HOLDOUT, config.split):
+        yield from _read(config, source, split, summary)
+        return
+    # All is read twice: which prompts there are is known at the end.
+    holdout = Holdout(
+        _read(config, source, config.split, Summary(config.row_length)), config.holdout
+    )
+    for conversation in _read(config, source, config.split, summary):
+        if (conversation in holdout) == (split == HOLDOUT):
+            yield conversation
+        elif split == HOLDOUT:
+            summary.read -= 1  # It belongs to training.
+        else:
+            summary.held_out += 1
+
+
+def _read(config: DataConfig, source: str, split: str, summary: Summary) -> Iterator[Conversation]:
     for record in read_source(source, split, subset=config.subset, data_dir=config.data_dir):
         summary.read += 1
         try:

@@ -1,69 +1,57 @@
-r"""Write any source once as a TFDS data set, which training reads by random access.
-
-Conversations are checked on the way: rows that cannot be used are named, or counted and left out
-with --on_bad_row=skip. Nothing that exists is overwritten, and a run that stops leaves nothing.
-
-  ranktuner data prepare --source='gsm8k_{split}.jsonl' --split=train --split=test \
-      --strip_calculator_marks --output=data/gsm8k
-  ranktuner data prepare --source=hub:AI-MO/NuminaMath-CoT --split='train=train[:10000]' \
-      --split='test=train[-500:]' --output=data/numina
-
-The folder is then a source: --config.data.source=data/gsm8k.
-"""
+"""Any source written once as a TFDS data set, which training reads by random access."""
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
+import os
 import re
-import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ranktuner_jax.data import storage
-from ranktuner_jax.data.options import add_config_arguments, config_from
 from ranktuner_jax.data.pipeline import DataConfig, Summary, conversations
 from ranktuner_jax.errors import UserError
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["prepare"]
+
+# What the messages say already: the weight of the row is part of theirs.
+_WRITTEN = ("messages", "weight")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of `ranktuner data prepare`."""
-    parser.add_argument("--output", required=True, help="folder of the data set; must not exist")
-    parser.add_argument(
-        "--split",
-        action="append",
-        metavar="NAME[=SLICE]",
-        help="a split to write, and what of the source goes into it; repeatable [train]",
-    )
-    add_config_arguments(
-        parser,
-        "source",
-        "subset",
-        "data_dir",
-        "prompt_column",
-        "completion_column",
-        "system",
-        "strip_calculator_marks",
-        "on_bad_row",
-    )
+def prepare(
+    config: DataConfig, output: str | os.PathLike[str], splits: Mapping[str, str]
+) -> dict[str, Summary]:
+    r"""Writes splits of a source, whole or not at all.
 
+    Conversations are checked on the way: a bad row is named, or counted and left out, as
+    `config.on_bad_row` says. Nothing is held out: `config.holdout` is for training.
 
-def run(args: argparse.Namespace) -> int:
-    """Writes the data set and says what became of the rows."""
-    output = Path(args.output).expanduser()
+    Args:
+      config: What to read.
+      output: The folder to write; it must not exist yet.
+      splits: The name of each split, and what of the source goes into it (`train[:1000]`).
+
+    Returns:
+      What became of the rows of each split.
+
+    Raises:
+      UserError: If `output` exists or cannot be written, the source or a split does not exist, or
+        a row is bad and must not be.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as tmp:
+      ...     path = Path(tmp, "sums.jsonl")
+      ...     _ = path.write_text('{"prompt": "2 + 2", "completion": "4"}\n' * 3)
+      ...     summaries = prepare(DataConfig(str(path)), f"{tmp}/sums", {"train": "train[:2]"})
+      >>> summaries["train"].kept
+      2
+    """
+    output = Path(output)
     if output.exists():
         raise UserError(f"--output: expected a folder that does not exist, got {output}")
-    splits = dict((*split.split("=", 1), split)[:2] for split in args.split or ["train"])
-    for name in splits:
-        if not re.fullmatch(r"\w+", name):
-            raise UserError(
-                f"--split: expected a name, or NAME=SLICE, got {name!r}; "
-                "write a slice as train='train[:1000]'"
-            )
-    del args.split
-    config = config_from(args)
+    config = dataclasses.replace(config, holdout=0.0)
     summaries = {name: Summary(config.row_length) for name in splits}
     try:
         storage.write_dataset(
@@ -73,13 +61,7 @@ def run(args: argparse.Namespace) -> int:
         )
     except PermissionError as error:
         raise UserError(f"--output: cannot write to {output.parent}: {error.strerror}") from error
-    for name, summary in summaries.items():
-        bad = f", {summary.bad.total():,} bad and skipped" if summary.bad else ""
-        print(f"{name}: {summary.kept:,} of {summary.read:,} conversations{bad}")
-        for reason, count in summary.bad.most_common(10):
-            print(f"  {count:,} × {reason}")
-    print(f"train on it with --config.data.source={shlex.quote(str(output))}")
-    return 0
+    return summaries
 
 
 def _records(config: DataConfig, split: str, summary: Summary) -> Iterator[dict[str, Any]]:
@@ -93,7 +75,3 @@ def _records(config: DataConfig, split: str, summary: Summary) -> Iterator[dict[
         yield storage.to_record(turns, own)
     if not summary.kept:
         raise UserError(f"data: nothing to write of {config.source}, split {split}: {summary}")
-
-
-# What the messages say already: the weight of the row is part of theirs.
-_WRITTEN = ("messages", "weight")

@@ -10,8 +10,15 @@ from typing import Any
 
 __all__ = ["BadRowError", "Conversation", "to_conversation"]
 
-# Pairs of columns that are tried in this order: the common form, NuminaMath-CoT, GSM8K.
-_COLUMNS = (("prompt", "completion"), ("problem", "solution"), ("question", "answer"))
+# Pairs of columns that are tried in this order: the common form, NuminaMath-CoT, GSM8K, Alpaca.
+_COLUMNS = (
+    ("prompt", "completion"),
+    ("problem", "solution"),
+    ("question", "answer"),
+    ("instruction", "output"),
+)
+# Roles as ShareGPT's rows name them, and what chat templates call them.
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant"}
 
 # <<48/2=24>>, as GSM8K writes for a calculator.
 _CALCULATOR_MARK = re.compile(r"<<[^<>=\n]*=[^<>\n]*>>")
@@ -56,8 +63,9 @@ def to_conversation(
       row: The row. An optional `weight` (in each message, and in the row)
         multiplies the loss of its tokens; 0 leaves them unsupervised.
       where: Where the row stands, for messages to the user.
-      prompt_column: Column of the prompt; when empty, `messages`, then
-        `prompt`/`completion`, `problem`/`solution`, `question`/`answer`.
+      prompt_column: Column of the prompt; when empty, `messages`, ShareGPT's `conversations`,
+        then `prompt`/`completion`, `problem`/`solution`, `question`/`answer` and Alpaca's
+        `instruction`/`output`, where `input` follows the instruction.
       completion_column: Column of the completion.
       system: A system prompt for conversations that have none.
       strip_calculator_marks: Whether to remove GSM8K's `<<48/2=24>>`.
@@ -74,12 +82,15 @@ def to_conversation(
         turns = _from_columns(row, prompt_column, completion_column)
     elif row.get("messages") is not None:
         turns = row["messages"]
+    elif row.get("conversations") is not None:
+        turns = _from_sharegpt(row["conversations"])
     else:
         pair = next((pair for pair in _COLUMNS if None not in map(row.get, pair)), None)
         if pair is None:
             raise BadRowError(
-                "expected a column 'messages', or prompt/completion, problem/solution or "
-                f"question/answer, got the columns {sorted(row)}"
+                "expected a column 'messages' or 'conversations', or prompt/completion, "
+                "problem/solution, question/answer or instruction/output, got the columns "
+                f"{sorted(row)}; name yours in data.prompt_column and data.completion_column"
             )
         turns = _from_columns(row, *pair)
     if not isinstance(turns, list | tuple) or not turns:
@@ -110,10 +121,28 @@ def _from_columns(row: Mapping[str, Any], prompt: str, completion: str) -> list[
     missing = [repr(column) for column in (prompt, completion) if column not in row]
     if missing:
         raise BadRowError(f"expected the columns {prompt!r} and {completion!r}, got {sorted(row)}")
+    question = _text(row[prompt], prompt)
+    if prompt == "instruction" and row.get("input"):
+        question += "\n\n" + _text(row["input"], "input")
     return [
-        {"role": "user", "content": _text(row[prompt], prompt)},
+        {"role": "user", "content": question},
         {"role": "assistant", "content": _text(row[completion], completion)},
     ]
+
+
+def _from_sharegpt(turns: Any) -> Any:
+    """Turns of `from` and `value` as turns of `role` and `content`; others as they are."""
+    if not isinstance(turns, list | tuple):
+        return turns
+
+    def renamed(turn: Any) -> Any:
+        if not isinstance(turn, Mapping) or not {"from", "value"} <= turn.keys():
+            return turn
+        role = turn["from"]
+        role = _SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
+        return {**turn, "role": role, "content": turn["value"]}
+
+    return [renamed(turn) for turn in turns]
 
 
 def _message(turn: Any, name: str) -> dict[str, str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import glob
 import hashlib
 import itertools
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,10 @@ from ranktuner_jax.data.storage import cache_dir
 from ranktuner_jax.errors import UserError
 
 __all__ = ["Record", "read_source"]
+
+# The copies of remote folders that this process reads, each with the open directory that carries
+# its lock. Readers open files as they need them, so a copy is claimed until the process ends.
+_HELD: dict[Path, int] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +55,8 @@ def read_source(
         a `.jsonl` or `.parquet` file, which may hold `*` and `{split}`; a
         folder that TFDS or `ranktuner data prepare` wrote; `hub:owner/name`; a
         TFDS name such as `gsm8k` or `name/config:1.0.0`. Paths may be those of
-        an object store (`gs://`); a folder is copied into the user's cache.
+        an object store (`gs://`); a folder is copied into the user's cache,
+        and copied anew when the name, size or time of a file has changed.
       split: In the notation of TFDS: `train`, `test`, `train[:10000]`,
         `train[90%:]`, `train+test`. A file whose path lacks `{split}` has the
         one split `train`.
@@ -72,7 +78,10 @@ def read_source(
       ['4']
     """
     if not source:
-        raise UserError("data.source: expected a name or a path, got nothing; see `data --help`")
+        raise UserError(
+            "data.source: expected a name or a path, got nothing; name your rows, such as "
+            "--config.data.source=rows.jsonl"
+        )
     if source.startswith("hub:"):
         return _read_hub(source.removeprefix("hub:"), split, subset)
     if source.endswith((".jsonl", ".parquet")):
@@ -210,24 +219,82 @@ def _tfds_builder(source: str, data_dir: str) -> Any:
 
 
 def _fetched(source: str) -> Path:
-    """A folder of an object store, copied once: the reader of array_record needs a local file."""
-    target = cache_dir() / "fetched" / hashlib.sha256(source.encode()).hexdigest()[:16]
-    if not target.exists():
-        origin = epath.Path(source)
-        if not (origin / "dataset_info.json").exists():
+    """A copy of a remote folder as it is now: array_record's reader needs a local file."""
+    origin = epath.Path(source)
+    if not (origin / "dataset_info.json").exists():
+        raise UserError(
+            f"data.source: expected the TFDS folder of one version, got {source}, which holds "
+            "no dataset_info.json"
+        )
+    files = _listing(origin)
+    prefix, state = (hashlib.sha256(text.encode()).hexdigest()[:16] for text in (source, files))
+    target = cache_dir() / "fetched" / f"{prefix}-{state}"
+    while not _hold(target):
+        _copy(origin, files, target)
+    for other in target.parent.glob(f"{prefix}-*"):
+        if other != target:
+            _remove_unless_held(other)
+    return target
+
+
+def _listing(origin: epath.Path) -> str:
+    """Name, size and time of each file; folders are left out, of which TFDS writes none."""
+    stats = {path.name: path.stat() for path in origin.iterdir()}
+    files = [(n, s.length, s.mtime) for n, s in sorted(stats.items()) if not s.is_directory]
+    return json.dumps(files)
+
+
+def _copy(origin: epath.Path, files: str, target: Path) -> None:
+    """Copies the files of a listing; of processes that do so at once, the first wins."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        partial = Path(scratch, "copy")
+        partial.mkdir()
+        for name, _, _ in json.loads(files):
+            (partial / name).write_bytes((origin / name).read_bytes())
+        if _listing(origin) != files:
             raise UserError(
-                f"data.source: expected the TFDS folder of one version, got {source}, which holds "
-                "no dataset_info.json"
+                f"data.source: {origin} changed while it was copied; run again when nothing "
+                "writes to it"
             )
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=target.parent))
-        for path in origin.iterdir():
-            (partial / path.name).write_bytes(path.read_bytes())
         try:
             partial.rename(target)
-        except OSError:  # Another process was faster.
-            shutil.rmtree(partial)
-    return target
+        except OSError:
+            if not target.is_dir():  # otherwise another process was faster
+                raise
+
+
+def _hold(copy: Path) -> bool:
+    """Claims a copy for this process; False where there is none."""
+    if copy in _HELD and copy.is_dir():
+        return True
+    try:
+        directory = os.open(copy, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    # Where a file system has no locks, no process can remove a copy either.
+    with contextlib.suppress(OSError):
+        fcntl.flock(directory, fcntl.LOCK_SH)
+    # Whoever held the lock before may have removed what was opened.
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(directory), copy.stat()):
+            _HELD[copy] = directory
+            return True
+    os.close(directory)
+    return False
+
+
+def _remove_unless_held(copy: Path) -> None:
+    """Removes an outdated copy, unless a process reads it: then a later one removes it."""
+    try:
+        directory = os.open(copy, os.O_RDONLY)
+    except FileNotFoundError:
+        return  # Another process was faster.
+    with contextlib.suppress(OSError):
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with tempfile.TemporaryDirectory(dir=copy.parent) as scratch:
+            copy.rename(Path(scratch, "outdated"))  # Gone at once for who looks for it.
+    os.close(directory)
 
 
 def _read_tfds(source: str, builder: Any, split: str) -> Iterator[Record]:

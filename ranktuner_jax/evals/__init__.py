@@ -11,7 +11,7 @@ from ranktuner_jax.evals.run import (
     wilson_interval,
 )
 from ranktuner_jax.evals.sampler import Completion, generate
-from ranktuner_jax.evals.tasks import TASKS, make_scorer
+from ranktuner_jax.evals.tasks import TASKS, make_scorer, scorable
 
 __all__ = [
     "TASKS",
@@ -25,6 +25,7 @@ __all__ = [
     "fingerprint",
     "generate",
     "make_scorer",
+    "scorable",
     "stop_ids",
     "wilson_interval",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["final_number"]
+__all__ = ["final_number", "final_texts"]
 
 _NUMBER = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
 # In the order of trust: GSM8K's mark, a box, a sentence that announces the answer.
@@ -29,8 +29,23 @@ def final_number(text: str) -> str | None:
       >>> final_number("I do not know.") is None
       True
     """
-    passages = [found[-1] for mark in _MARKS if (found := mark.findall(text))]
-    for passage in [*passages, text]:
+    for passage in [*_marked(text), text]:
         if numbers := _NUMBER.findall(passage):
             return numbers[-1].replace(",", "")
     return None
+
+
+def final_texts(text: str) -> list[str]:
+    r"""What a completion may give as its answer: what its marks announce, its last line, all of it.
+
+    Example:
+      >>> final_texts("France, I think.\nThe answer is: Paris.")
+      ['Paris.', 'The answer is: Paris.', 'France, I think.\nThe answer is: Paris.']
+    """
+    text = text.strip()
+    return [*_marked(text), *text.splitlines()[-1:], text]
+
+
+def _marked(text: str) -> list[str]:
+    """What follows the last of each kind of mark, the most trusted kind first."""
+    return [found[-1] for mark in _MARKS if (found := mark.findall(text))]

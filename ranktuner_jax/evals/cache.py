@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -14,7 +17,6 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-import ranktuner_jax
 from ranktuner_jax.data import Example
 from ranktuner_jax.evals.run import ROW_KEYS, EvalConfig, EvalResult, Progress, RowSource, evaluate
 from ranktuner_jax.models import Decoder
@@ -23,6 +25,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["cached_evaluation", "fingerprint"]
+
+PACKAGE = pathlib.Path(__file__).parents[1]
+# The code that decides the numbers: our packages, and the libraries that they call.
+PACKAGES = ("losses", "models", "data", "evals")
+LIBRARIES = ("jax", "jaxlib", "transformers", "reasoning-gym")
 
 
 def cached_evaluation(
@@ -98,16 +105,17 @@ def fingerprint(
     examples: Sequence[Example],
     config: EvalConfig,
 ) -> str:
-    """A name for an evaluation: equal names, equal results.
+    """A name for an evaluation, which changes with whatever may change the result beyond rounding.
 
-    It covers the library's version, the settings, the precision of the arithmetic, every token
-    that is looked at, and the folder's files: small ones by content, large ones (weights) by name,
-    size and time of writing.
+    It covers our code, the versions of the libraries, the kind of device, the settings, the
+    precision of the arithmetic, every token that is looked at, and the folder's files: small ones
+    by content, large ones (weights) by name, size and time of writing.
     """
     settings = dataclasses.asdict(config)
     del settings["every_steps"]  # When, not what.
     digest = hashlib.sha256()
-    what = [ranktuner_jax.__version__, precision, settings]
+    machine = [_code(PACKAGE), _versions(), jax.devices()[0].device_kind]
+    what = [*machine, precision, settings]
     digest.update(json.dumps(what, sort_keys=True).encode())
     for path in sorted(pathlib.Path(model_folder).iterdir()):
         if path.is_file():
@@ -127,3 +135,23 @@ def fingerprint(
             ]
             digest.update(json.dumps(record, sort_keys=True).encode())
     return digest.hexdigest()[:32]
+
+
+@functools.cache
+def _code(package: pathlib.Path) -> str:
+    """A digest of the sources in `PACKAGES`, by name and content."""
+    digest = hashlib.sha256()
+    for path in sorted(path for room in PACKAGES for path in (package / room).rglob("*.py")):
+        source = path.read_bytes()
+        digest.update(f"{path.relative_to(package).as_posix()} {len(source)} ".encode())
+        digest.update(source)
+    return digest.hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    """The version of each of `LIBRARIES` that is installed."""
+    versions = {}
+    for name in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from ranktuner_jax import losses
-from ranktuner_jax.data import Example
+from ranktuner_jax.data import Example, turn_end_id
 from ranktuner_jax.errors import UserError
 from ranktuner_jax.evals.sampler import divisible, generate
 from ranktuner_jax.evals.tasks import TASKS, make_scorer
@@ -60,7 +60,9 @@ class EvalConfig:
       split: The held-out split of the data.
       rows: At most so many rows of the split are scored for the negative log-likelihood.
       batch_size: Rows scored together; more where all devices would not have one.
-      task: A name in `TASKS` by which greedy completions are scored; empty for none.
+      task: A name in `TASKS` by which greedy completions are scored: chain_sum, gsm_symbolic, exact
+        (the row's `answer`, to the letter) or auto (by `answer`, in rows that have one); empty
+        for none.
       examples: At most so many questions of the split are answered.
       prompts_per_batch: Questions answered together; more where all devices would not have one.
       max_new_tokens: The longest completion.
@@ -199,11 +201,20 @@ def wilson_interval(correct: int, total: int, z: float = 1.959964) -> tuple[floa
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end an assistant's turn."""
+    """The tokens that end an assistant's turn.
+
+    They are the end of the sequence, the ends of turns that are known of model families and are
+    in the tokenizer, and what the chat template ends a turn with, where there is a template.
+
+    Raises:
+      UserError: If there is a chat template that refuses even a short conversation.
+    """
     added = tokenizer.get_added_vocab()
     ends = {added[end] for end in _TURN_ENDS if end in added}
     if tokenizer.eos_token_id is not None:
         ends.add(tokenizer.eos_token_id)
+    if tokenizer.chat_template:
+        ends.add(turn_end_id(tokenizer))
     return sorted(ends)
 
 
@@ -277,9 +288,8 @@ def evaluate(
             correct += right
             finished += completion.finished
             if len(previews) < config.previews:
-                question = next(
-                    m["content"] for m in reversed(example.messages) if m["role"] == "user"
-                )
+                asked = (m["content"] for m in reversed(example.messages) if m["role"] == "user")
+                question = next(asked, "")
                 expected = _decode(tokenizer, example.completion_tokens)
                 previews.append(Preview(question, expected, text, right))
     return EvalResult(

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import decimal
+import re
+import string
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ranktuner_jax.data import Example
 from ranktuner_jax.errors import UserError
-from ranktuner_jax.evals.answers import final_number
+from ranktuner_jax.evals.answers import final_number, final_texts
 
-__all__ = ["TASKS", "Scorer", "make_scorer"]
+__all__ = ["AUTO", "TASKS", "Scorer", "make_scorer", "scorable"]
 
 Scorer = Callable[[str, Mapping[str, Any]], bool]
 """Tells whether a completion answers a record (which holds `answer`) rightly."""
+
+AUTO = "auto"
+"""The task of data that one knows nothing of: asks where a row has an `answer` to compare with."""
+
+# Beyond this an `answer` is a text of its own, of which no other wording would be called right.
+_LONGEST_ANSWER = 100
+_A_NUMBER = re.compile(r"[$€£]?\s*(-?\d[\d,]*(?:\.\d+)?)\s*%?\.?")
 
 
 def _reasoning_gym(name: str) -> Scorer:
@@ -36,10 +47,40 @@ def _exact(completion: str, record: Mapping[str, Any]) -> bool:
     return completion.strip() == str(record["answer"]).strip()
 
 
+def _auto(completion: str, record: Mapping[str, Any]) -> bool:
+    """Equal numbers where the answer is one, else equal words."""
+    wanted = _number(record)
+    if wanted is not None:
+        found = final_number(completion)
+        return found is not None and decimal.Decimal(found) == decimal.Decimal(wanted)
+    return _words(str(record["answer"])) in map(_words, final_texts(completion))
+
+
+def _words(text: str) -> str:
+    """Case, white space and punctuation around an answer are not the answer."""
+    return " ".join(text.casefold().split()).strip(string.punctuation + " ")
+
+
+def _number(record: Mapping[str, Any]) -> str | None:
+    r"""The number that `answer` is, or that it marks as final (`####`, `\boxed{}`)."""
+    text = str(record["answer"]).strip()
+    if match := _A_NUMBER.fullmatch(text):
+        return match[1].replace(",", "")
+    return final_number(text) if "####" in text or "\\boxed{" in text else None
+
+
+def _can_be_compared(record: Mapping[str, Any]) -> bool:
+    answer = record.get("answer")
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float) or answer == "":
+        return False
+    return len(str(answer)) <= _LONGEST_ANSWER or _number(record) is not None
+
+
 TASKS: dict[str, Callable[[], Scorer]] = {
     "chain_sum": lambda: _reasoning_gym("chain_sum"),
     "gsm_symbolic": lambda: _reasoning_gym("gsm_symbolic"),
     "exact": lambda: _exact,
+    AUTO: lambda: _auto,
 }
 """Makers of scorers by the name that `eval.task` takes."""
 
@@ -54,5 +95,41 @@ def make_scorer(task: str) -> Scorer:
     Example:
       >>> make_scorer("chain_sum")("4 + 38 = 42.", {"answer": "42"})
       True
+      >>> make_scorer("auto")("It has 1,200 rooms. The answer is 1200.", {"answer": 1200})
+      True
     """
     return TASKS[task]()
+
+
+def scorable(task: str, examples: Sequence[Example]) -> tuple[list[Example], str]:
+    """The questions that a task can score, and what there is to say of the others.
+
+    A row can be scored by its `answer`. The task `auto` leaves out rows that have none, or one
+    that is too long to be compared (unless it marks a final number, as GSM8K's do).
+
+    Returns:
+      The questions, and a line on those that are left out; "" where none is.
+
+    Raises:
+      UserError: If the task is another one and a row has no `answer`.
+
+    Example:
+      >>> rows = [{"prompt": "2 + 2?", "answer": "4"}, {"prompt": "Say something nice."}]
+      >>> examples = [Example(i, (), (1,), (2,), row) for i, row in enumerate(rows)]
+      >>> [example.index for example in scorable("auto", examples)[0]]
+      [0]
+    """
+    if task != AUTO:
+        for example in examples:
+            if "answer" not in example.row:
+                raise UserError(
+                    f"eval.task={task}: expected a column 'answer' in every held-out row, got "
+                    f"{sorted(example.row)} in row {example.index + 1}; add it, or set eval.task="
+                )
+        return list(examples), ""
+    chosen = [example for example in examples if _can_be_compared(example.row)]
+    if not chosen:
+        return [], "no questions are asked: no held-out row has a short `answer` to compare with"
+    if len(chosen) < len(examples):
+        return chosen, f"{len(chosen)} of {len(examples)} held-out rows have a short `answer`"
+    return chosen, ""

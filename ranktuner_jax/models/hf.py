@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from ranktuner_jax.errors import UserError
 from ranktuner_jax.models import partition
@@ -22,7 +25,14 @@ from ranktuner_jax.models.decoder import Decoder
 if TYPE_CHECKING:
     from jaxtyping import DTypeLike
 
-__all__ = ["NAMES", "read_config", "read_decoder", "tensor_names", "write_weights"]
+__all__ = [
+    "NAMES",
+    "abstract_decoder",
+    "read_config",
+    "read_decoder",
+    "tensor_names",
+    "write_weights",
+]
 
 _LLAMA = {
     "embed": "model.embed_tokens.weight",
@@ -217,6 +227,38 @@ def _flat(bounds: list[tuple[int, int]], shape: tuple[int, ...]) -> slice:
     return slice(bounds[0][0] * inner, bounds[0][1] * inner)
 
 
+def abstract_decoder(
+    config: DecoderConfig, *, mesh: Mesh | None, param_dtype: DTypeLike, **options: Any
+) -> tuple[nnx.GraphDef[Decoder], nnx.State]:
+    """A decoder without its arrays: its structure, and shapes that say where each will lie.
+
+    Args:
+      config: Its config.
+      mesh: Where the parameters will lie; `None` for the default device.
+      param_dtype: Their type.
+      **options: Passed to `Decoder`.
+
+    Returns:
+      What `nnx.split` gives of a decoder, with a `jax.ShapeDtypeStruct` for each array.
+    """
+    graph, params = nnx.split(
+        nnx.eval_shape(
+            lambda: Decoder(config, rngs=nnx.Rngs(0), param_dtype=param_dtype, mesh=mesh, **options)
+        )
+    )
+    default = SingleDeviceSharding(jnp.zeros(()).device)
+    shardings = (
+        jax.tree.map(lambda _: default, params)
+        if mesh is None
+        else partition.param_shardings(params, mesh)
+    )
+    return graph, jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        params,
+        shardings,
+    )
+
+
 def read_decoder(
     folder: Path,
     config: DecoderConfig,
@@ -240,57 +282,84 @@ def read_decoder(
     Raises:
       UserError: If a tensor is missing, surplus or wrongly shaped.
     """
-    abstract = nnx.eval_shape(
-        lambda: Decoder(config, rngs=nnx.Rngs(0), param_dtype=param_dtype, mesh=mesh, **options)
-    )
-    graph, params = nnx.split(abstract)
+    graph, shapes = abstract_decoder(config, mesh=mesh, param_dtype=param_dtype, **options)
     with contextlib.ExitStack() as stack:
         checkpoint = _Checkpoint(folder, stack)
         checkpoint.check(config)
-        default = SingleDeviceSharding(jnp.zeros(()).device)
 
-        def load(
-            path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct, sharding: Sharding
-        ) -> jax.Array:
+        def load(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
             name = path[-2].key  # (..., the parameter's name, its value)
             shards: list[jax.Array] = []
             part: tuple[slice, ...] | None = None
             host: np.ndarray | None = None
             # Devices that hold the same part stand together, so that it is read once.
-            parts = sharding.addressable_devices_indices_map(leaf.shape)
+            parts = leaf.sharding.addressable_devices_indices_map(leaf.shape)
             for device, index in sorted(parts.items(), key=lambda item: str(item[1])):
                 assert index is not None
                 if index != part:
                     host = None  # Let go before the next part is read.
                     part, host = index, checkpoint.read(config, name, index, leaf.shape, leaf.dtype)
                 shards.append(jax.block_until_ready(jax.device_put(host, device)))
-            return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
+            return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
 
-        shardings = (
-            jax.tree.map(lambda _: default, params)
-            if mesh is None
-            else partition.param_shardings(params, mesh)
-        )
-        params = jax.tree_util.tree_map_with_path(load, params, shardings)
+        params = jax.tree_util.tree_map_with_path(load, shapes)
     return nnx.merge(graph, params)
 
 
 def _fetch(value: jax.Array, layer: int | None, shape: tuple[int, ...]) -> np.ndarray:
     """One tensor in Hugging Face's shape, gathered from all devices and processes."""
-    part = value if layer is None else value[layer]
-    if not part.is_fully_addressable:
+    if value.is_fully_addressable:
+        array = _gather(value, layer)
+    else:
         from jax.experimental import multihost_utils
 
-        part = multihost_utils.process_allgather(part, tiled=True)
-    array = np.asarray(part)
+        part = value if layer is None else value[layer]
+        array = np.asarray(multihost_utils.process_allgather(part, tiled=True))
     rows = array.size // math.prod(shape[1:])
     return array.reshape(rows, *shape[1:])[: shape[0]]
+
+
+def _gather(value: jax.Array, layer: int | None) -> np.ndarray:
+    """One layer of an array, or all of it, from this process's devices.
+
+    Not `np.asarray(value)`: JAX would keep that copy as long as the array.
+    """
+    where = slice(None) if layer is None else layer
+    shards = [shard for shard in value.addressable_shards if shard.replica_id == 0]
+    parts = [
+        np.asarray(shard.data)[where]  # A view.
+        if shard.device.platform == "cpu"
+        else np.asarray(shard.data[where])
+        for shard in shards
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    array = np.empty(value.shape if layer is None else value.shape[1:], value.dtype)
+    for shard, part in zip(shards, parts, strict=True):
+        array[shard.index if layer is None else shard.index[1:]] = part  # No layer is divided.
+    return array
+
+
+@contextlib.contextmanager
+def _system_errors() -> Iterator[None]:
+    """Raises what the system said (a full disk) as `OSError`; safetensors has it in words."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def write_weights(model: Decoder, folder: Path, *, max_shard_bytes: int) -> None:
     """Writes the weights as `model.safetensors`, or as shards with an index.
 
-    Only process 0 writes; all processes must call, for they gather the tensors together.
+    Only process 0 writes; all processes must call, for they gather the tensors together. Where one
+    CPU device holds the model, its own memory is written from; elsewhere the host holds a copy of
+    the tensors of one file.
     """
     from safetensors.numpy import save_file
 
@@ -322,7 +391,9 @@ def write_weights(model: Decoder, folder: Path, *, max_shard_bytes: int) -> None
             if first:
                 values[tensor] = value
         if first:
-            save_file(values, folder / file, metadata={"format": "pt"})
+            with _system_errors():
+                save_file(values, folder / file, metadata={"format": "pt"})
+        del values  # Before those of the next file are made.
         weight_map |= dict.fromkeys(group, file)
     if len(groups) > 1 and first:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import importlib
-import importlib.util
 import json
 import os
-import pathlib
-import pkgutil
 import re
 import textwrap
-import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import ml_collections
@@ -23,9 +17,10 @@ from etils import epath
 from ml_collections import config_dict, config_flags
 
 from ranktuner_jax import losses, models
-from ranktuner_jax.data import DataConfig
+from ranktuner_jax.data import HOLDOUT, DataConfig
 from ranktuner_jax.errors import UserError
 from ranktuner_jax.evals import EvalConfig
+from ranktuner_jax.train.config_file import config_names, read_config_file, suggestion
 
 __all__ = [
     "CheckpointConfig",
@@ -80,7 +75,7 @@ class LossConfig:
             if name not in known:
                 raise UserError(
                     f"loss.options: {self.weighting} takes {', '.join(known) or 'no options'}, "
-                    f"got {name!r}{_suggestion(name, known)}"
+                    f"got {name!r}{suggestion(name, known)}"
                 )
         try:
             return method(**self.options)
@@ -256,6 +251,14 @@ class TrainConfig:
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     telemetry: TelemetryConfig = dataclasses.field(default_factory=TelemetryConfig)
 
+    def __post_init__(self) -> None:
+        if (self.eval.split == HOLDOUT) != (self.data.holdout > 0):
+            raise UserError(
+                "eval.split: expected 'holdout' where data.holdout keeps something out of training,"
+                f" and only there, got eval.split={self.eval.split!r} and data.holdout="
+                f"{self.data.holdout}; set both, or data.holdout=0 and a split of the source"
+            )
+
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> TrainConfig:
     """Reads a config by name or path and applies overrides from the command line.
@@ -278,7 +281,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> TrainConfig:
       >>> config.train.steps
       5
     """
-    config = _apply_overrides(_complete(_load_module(name).get_config(), name), overrides)
+    config = _apply_overrides(_complete(read_config_file(name), name), overrides)
     return _from_config_dict(TrainConfig, config)
 
 
@@ -324,20 +327,27 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def describe(config: TrainConfig | None = None) -> str:
+def describe(config: TrainConfig | None = None, groups: Collection[str] = ()) -> str:
     """A line for each key that can be overridden: its name, its value and what it means.
+
+    Args:
+      config: Whose values; the defaults if left out.
+      groups: The keys of the first level that count, such as "data"; all if left out.
 
     Example:
       >>> print([line for line in describe().splitlines() if "clip_norm" in line][0])
         --config.optimizer.clip_norm=1.0     Largest global gradient norm; 0 does not clip.
     """
     config = TrainConfig() if config is None else config
-    return "\n".join(_describe_group(config, "")).strip("\n")
+    names = groups or [field.name for field in dataclasses.fields(config)]
+    return "\n".join(_describe_group(config, "", names)).strip("\n")
 
 
-def _describe_group(group: Any, prefix: str) -> list[str]:
+def _describe_group(group: Any, prefix: str, names: Collection[str] | None = None) -> list[str]:
     docs, keys, groups = _attribute_docs(type(group)), [], []
     for field in dataclasses.fields(group):
+        if names is not None and field.name not in names:
+            continue
         value, name = getattr(group, field.name), f"{prefix}{field.name}"
         if dataclasses.is_dataclass(value):
             summary = _summary(type(value))
@@ -358,44 +368,14 @@ def _describe_group(group: Any, prefix: str) -> list[str]:
     return keys + groups
 
 
-def config_names() -> list[str]:
-    """Names of the configs that ship with the package.
-
-    Example:
-      >>> "smollm2_chain_sum" in config_names()
-      True
-    """
-    package = importlib.import_module("ranktuner_jax.configs")
-    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
-
-
-def _load_module(name: str) -> types.ModuleType:
-    """Imports a config by its name in the package, or from a file."""
-    if name.endswith(".py"):
-        path = pathlib.Path(name)
-        if not path.is_file():
-            raise UserError(f"--config: expected a Python file, found none at {name}")
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    elif name in config_names():
-        module = importlib.import_module(f"ranktuner_jax.configs.{name}")
-    else:
-        raise UserError(
-            f"--config: expected {', '.join(config_names())} or a path that ends in .py, "
-            f"got {name!r}{_suggestion(name, config_names())}"
-        )
-    if not hasattr(module, "get_config"):
-        raise UserError(f"--config: {name} defines no get_config()")
-    return module
-
-
 def _complete(chosen: Mapping[str, Any], origin: str) -> ml_collections.ConfigDict:
     """The defaults, and what was chosen over them."""
     config = _to_config_dict(TrainConfig())
-    _complete_options(config, chosen.get("loss", {}).get("weighting"))
+    loss = chosen.get("loss")
+    weighting = (
+        loss.get("weighting") if isinstance(loss, Mapping | ml_collections.ConfigDict) else None
+    )
+    _complete_options(config, weighting)
     _update(config, chosen, origin)
     return config
 
@@ -416,7 +396,7 @@ def _update(
     for key, value in chosen.items():
         name = f"{prefix}{key}"
         if key not in config:
-            raise UserError(f"{origin}: unknown key {name}{_suggestion(key, list(config))}")
+            raise UserError(f"{origin}: unknown key {name}{suggestion(key, list(config))}")
         if isinstance(config[key], ml_collections.ConfigDict):
             if not isinstance(value, Mapping | ml_collections.ConfigDict):
                 raise UserError(f"{origin}: {name} is a group of keys, got {value!r}")
@@ -440,7 +420,7 @@ def _apply_overrides(
     keys = [key for key, _ in _flatten(config)]
     for key in given:
         if key not in keys:
-            raise UserError(f"unknown key --config.{key}{_suggestion(key, keys)}")
+            raise UserError(f"unknown key --config.{key}{suggestion(key, keys)}")
     flag_values = flags.FlagValues()
     argv = ["ranktuner", *overrides]
     try:
@@ -546,16 +526,11 @@ def _attribute_docs(cls: type) -> dict[str, str]:
     return {name: " ".join(text.split()) for name, text in pairs}
 
 
-def _suggestion(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
 def _one_of(name: str, value: str, known: Any) -> None:
-    if value not in known:
+    if value not in list(known):  # A list: what came may have no hash.
         raise UserError(
             f"{name}: expected one of {', '.join(known)}, got {value!r}"
-            f"{_suggestion(str(value), list(known))}"
+            f"{suggestion(str(value), list(known))}"
         )
 
 

@@ -1,12 +1,8 @@
-"""Write a run's checkpoint as a Hugging Face folder, which transformers and vLLM load.
-
-ranktuner export --workdir=runs/first --output=exported
-ranktuner export --workdir=runs/first --step=50 --output=exported-50
-"""
+"""A run's checkpoint as a Hugging Face folder, which transformers and vLLM load."""
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import os
 import pathlib
 import sys
@@ -17,32 +13,20 @@ from flax import nnx
 
 from ranktuner_jax import data, evals, models
 from ranktuner_jax.errors import UserError
+from ranktuner_jax.models import hf
 from ranktuner_jax.train.checkpoint import Checkpoints
 from ranktuner_jax.train.config import MeshConfig, read_config, to_dict
 from ranktuner_jax.train.sharding import make_mesh
-from ranktuner_jax.train.state import init_state, make_optimizer
 
-__all__ = ["add_arguments", "export", "run"]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares what `ranktuner export` takes."""
-    parser.add_argument("--workdir", required=True, help="folder of the run")
-    parser.add_argument("--output", required=True, help="folder to write; it must not exist yet")
-    parser.add_argument("--step", type=int, help="which checkpoint; the newest by default")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Runs it."""
-    step = export(args.workdir, args.output, args.step)
-    print(f"step {step} of {args.workdir} is in {args.output}")
-    return 0
+__all__ = ["export"]
 
 
 def export(
     workdir: str | os.PathLike[str], output: str | os.PathLike[str], step: int | None = None
 ) -> int:
     """Writes a checkpoint of a run as a Hugging Face folder.
+
+    Of the checkpoint only the parameters are read, and of the model that the run began with none.
 
     Args:
       workdir: The folder of the run.
@@ -62,14 +46,18 @@ def export(
     folder = models.resolve(config.model)
     tokenizer = data.load_tokenizer(folder, config.data.chat_template)
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1))  # Whatever devices are here, not the run's.
-    model = models.load_pretrained(
-        folder, mesh=mesh, param_dtype=jnp.dtype(config.train.param_dtype)
+    # A vocabulary that a tensor axis divided has rows in the checkpoint that only fill it up.
+    decoder = dataclasses.replace(
+        models.read_config(folder), vocab_multiple=max(1, config.mesh.tensor)
+    )
+    graph, shapes = hf.abstract_decoder(
+        decoder, mesh=mesh, param_dtype=jnp.dtype(config.train.param_dtype)
     )
     checkpoints = Checkpoints(
         workdir,
         config.checkpoint,
         run=to_dict(config),
-        params=nnx.state(model, nnx.Param),
+        params=shapes,
         read_only=True,
     )
     try:
@@ -79,15 +67,13 @@ def export(
                 f"--step: expected one of the checkpoints of {workdir} "
                 f"({', '.join(map(str, known)) or 'it has none'}), got {step}"
             )
-        # The rate does not matter here: only the structure of the optimizer's state does.
-        state = init_state(model, make_optimizer(config.optimizer, steps=1), mesh)
-        restored = checkpoints.restore(state, step)
+        restored = checkpoints.restore_params(shapes, step)
     finally:
         checkpoints.close()
     for note in restored.notes:
         print(note, file=sys.stderr)
     models.save_pretrained(
-        restored.state.apply_fn(restored.state.params),
+        nnx.merge(graph, restored.state),
         output,
         tokenizer_from=folder,
         chat_template=config.data.chat_template and tokenizer.get_chat_template(),

@@ -8,7 +8,6 @@ import functools
 import json
 import math
 import os
-import pathlib
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -28,6 +27,7 @@ from ranktuner_jax.errors import RunError, UserError
 from ranktuner_jax.train.checkpoint import Checkpoints, claim_workdir
 from ranktuner_jax.train.config import TrainConfig, to_dict
 from ranktuner_jax.train.distributed import end_alone
+from ranktuner_jax.train.held_out import HeldOut
 from ranktuner_jax.train.nonfinite import NonFiniteError, stop_at
 from ranktuner_jax.train.preemption import StopNotice, Stopped
 from ranktuner_jax.train.profile import Profile
@@ -89,8 +89,11 @@ def _run(config: TrainConfig, workdir: epath.Path, stop: StopNotice) -> int:
     reader, readers = row_share(mesh)
     folder = models.resolve(config.model)
     tokenizer = data.load_tokenizer(folder, config.data.chat_template)
-    rows = data.load_rows(config.data, tokenizer, seed=config.seed)
-    held_out = _HeldOut(config, folder, tokenizer)
+    stop_ids = evals.stop_ids(tokenizer)  # Now, for a template may refuse to tell.
+    rows = data.load_rows(
+        config.data, tokenizer, seed=config.seed, min_rows=config.train.batch_size
+    )
+    held_out = HeldOut(config, folder, tokenizer)
     steps = _count_steps(config, len(rows))
     model = models.load_pretrained(
         folder,
@@ -117,7 +120,10 @@ def _run(config: TrainConfig, workdir: epath.Path, stop: StopNotice) -> int:
             writer.say(f"chat template: {config.data.chat_template}, not the tokenizer's own")
         writer.say(f"data: {rows.summary}")
 
-        before = held_out.before(model, writer)
+        writer.say(f"evaluating: {held_out.size}")
+        if held_out.note:
+            writer.say(held_out.note)
+        before = held_out.cached(model, writer.evaluating)
         if start == 0:
             writer.write(0, prefixed("eval", before.metrics()))
 
@@ -143,6 +149,10 @@ def _run(config: TrainConfig, workdir: epath.Path, stop: StopNotice) -> int:
             batches = data.BatchIterator.from_state(rows, restored.data, **share)
             del restored
             writer.say(f"going on after step {start} of {steps}")
+
+        def evaluating(done: int, total: int) -> None:
+            writer.evaluating(done, total)
+            stop.check()
 
         step_fn = make_train_step(config, steps, mesh, state)
         compiled = None
@@ -171,7 +181,8 @@ def _run(config: TrainConfig, workdir: epath.Path, stop: StopNotice) -> int:
                     if _due(step, config.eval.every_steps) and not last and not stopping:
                         log.read()
                         try:
-                            now = held_out.evaluate(state.apply_fn(state.params), writer, stop)
+                            writer.say(f"evaluating: {held_out.size}")
+                            now = held_out.evaluate(state.apply_fn(state.params), evaluating)
                             writer.write(step, prefixed("eval", now.metrics()))
                         except Stopped:
                             stopping = True
@@ -189,7 +200,8 @@ def _run(config: TrainConfig, workdir: epath.Path, stop: StopNotice) -> int:
 
         model = state.apply_fn(state.params)
         del state  # With it goes the optimizer's share of the memory.
-        after = held_out.evaluate(model, writer, stop)
+        writer.say(f"evaluating: {held_out.size}")
+        after = held_out.evaluate(model, evaluating)
         writer.write(steps, prefixed("eval", after.metrics()))
         exported = workdir / "model"
         # Left by a run that was killed before it could write its result.
@@ -201,14 +213,15 @@ def _run(config: TrainConfig, workdir: epath.Path, stop: StopNotice) -> int:
             exported,
             tokenizer_from=folder,
             chat_template=config.data.chat_template and tokenizer.get_chat_template(),
-            stop_ids=evals.stop_ids(tokenizer),
+            stop_ids=stop_ids,
         )
         result = {
             "steps": steps,
             "before": before.to_json(),
             "after": after.to_json(),
             "paths": {
-                "checkpoint": str(checkpoints.path(steps)),
+                # As the user wrote the folder: Orbax's own path is absolute.
+                "checkpoint": str(workdir / "checkpoints" / str(steps)),
                 "model": str(exported),
                 "metrics": str(writer.metrics_path),
                 **(
@@ -224,63 +237,11 @@ def _run(config: TrainConfig, workdir: epath.Path, stop: StopNotice) -> int:
     return FINISHED
 
 
-class _HeldOut:
-    """The evaluation of a run: the same rows and questions every time."""
-
-    def __init__(self, config: TrainConfig, folder: pathlib.Path, tokenizer: Any) -> None:
-        self._config = config.eval
-        self._folder = folder
-        self._tokenizer = tokenizer
-        split = config.eval.split
-        self._rows = data.load_rows(config.data, tokenizer, split=split, seed=config.seed)
-        self._examples = (
-            data.load_examples(config.data, tokenizer, split=split, limit=config.eval.examples)
-            if config.eval.task
-            else []
-        )
-        self._size = (
-            f"{min(len(self._rows), config.eval.rows):,} held-out rows, "
-            f"{len(self._examples):,} questions"
-        )
-
-    def before(self, model: models.Decoder, writer: Writer) -> evals.EvalResult:
-        """What the model could do at the start; kept in the user's cache."""
-        writer.say(f"evaluating: {self._size}")
-        result, _ = evals.cached_evaluation(
-            model,
-            self._tokenizer,
-            rows=self._rows,
-            examples=self._examples,
-            config=self._config,
-            model_folder=self._folder,
-            cache_dir=models.default_cache_dir(),
-            progress=writer.evaluating,
-        )
-        return result
-
-    def evaluate(self, model: models.Decoder, writer: Writer, stop: StopNotice) -> evals.EvalResult:
-        """What it can do now."""
-
-        def progress(done: int, total: int) -> None:
-            writer.evaluating(done, total)
-            stop.check()
-
-        writer.say(f"evaluating: {self._size}")
-        return evals.evaluate(
-            model,
-            self._tokenizer,
-            rows=self._rows,
-            examples=self._examples,
-            config=self._config,
-            progress=progress,
-        )
-
-
 def _count_steps(config: TrainConfig, rows: int) -> int:
     if config.train.batch_size > rows:
         raise UserError(
             f"train.batch_size: expected at most the number of rows of the data, {rows}, got "
-            f"{config.train.batch_size}"
+            f"{config.train.batch_size}; set --config.train.batch_size to less, or add rows"
         )
     if config.train.epochs is None:
         return config.train.steps

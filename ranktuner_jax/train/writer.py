@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
 import os
 import pathlib
+import socket
 import sys
 import tempfile
 import time
@@ -17,8 +19,9 @@ from typing import Any, TextIO
 import jax
 import rich.console
 import rich.progress
-import tensorboardX
 from etils import epath
+from tensorboardX import record_writer
+from tensorboardX.proto import event_pb2, summary_pb2
 
 from ranktuner_jax.errors import UserError
 from ranktuner_jax.train.config import TelemetryConfig
@@ -26,6 +29,7 @@ from ranktuner_jax.train.config import TelemetryConfig
 __all__ = ["Writer", "check_telemetry"]
 
 _SECONDS_BETWEEN_COPIES = 60.0
+_SECONDS_BETWEEN_FLUSHES = 10.0
 
 
 def check_telemetry(config: TelemetryConfig) -> None:
@@ -85,13 +89,7 @@ class Writer:
         if self._copy:
             self.profile_path = folder / "profile"
         self._file = _reopen(self.metrics_path, folder / "metrics.jsonl", start)
-        self._board = (
-            tensorboardX.SummaryWriter(
-                str(folder / "tensorboard"), purge_step=start + 1, write_to_disk=True
-            )
-            if config.tensorboard
-            else None
-        )
+        self._board = _Board(folder / "tensorboard", start + 1) if config.tensorboard else None
         self._wandb = _start_wandb(config.wandb, place, folder, run) if config.wandb else None
         if self._stream.isatty():
             self._bar = rich.progress.Progress(
@@ -115,8 +113,7 @@ class Writer:
         self._file.write(json.dumps({"step": step, **line}) + "\n")
         self._file.flush()
         if self._board:
-            for name, value in record.items():
-                self._board.add_scalar(name, value, step)
+            self._board.write(step, record)
         if self._wandb:
             # Steps that an interrupted run does again are there already: it takes none twice.
             self._wandb.log(record, step=step)
@@ -168,13 +165,14 @@ class Writer:
         self._active = False
         if self._bar is not None:
             self._bar.stop()
-        self._file.close()
-        if self._board:
-            self._board.close()
-        if self._wandb:
-            self._wandb.finish()
-        if self._copy:
-            self._copy.update(at_once=True)
+        with contextlib.ExitStack() as stack:  # One that cannot be closed is not in another's way.
+            if self._copy:
+                stack.callback(self._copy.update, at_once=True)
+            if self._wandb:
+                stack.callback(self._wandb.finish)
+            if self._board:
+                stack.callback(self._board.close)
+            stack.callback(self._file.close)
 
     def __enter__(self) -> Writer:
         return self
@@ -196,6 +194,43 @@ def _reopen(source: epath.Path, target: pathlib.Path, step: int) -> TextIO:
     partial.write_text("".join(kept))
     os.replace(partial, target)
     return target.open("a")
+
+
+class _Board:
+    """TensorBoard's file of events, written by the thread that trains.
+
+    tensorboardX's own writer has a thread and a queue: once a full disk has ended the thread, the
+    queue fills up and the run stands still.
+    """
+
+    def __init__(self, folder: pathlib.Path, first_step: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
+        self._file = record_writer.RecordWriter(str(folder / name))
+        self._flushed = -math.inf
+        self._add(event_pb2.Event(file_version="brain.Event:2"))
+        # Of what was shown before, TensorBoard forgets that step and those after it.
+        session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._add(event_pb2.Event(step=first_step, session_log=session))
+
+    def write(self, step: int, record: Mapping[str, float]) -> None:
+        """Records metrics of a step."""
+        values = [
+            summary_pb2.Summary.Value(tag=name, simple_value=value)
+            for name, value in record.items()
+        ]
+        self._add(event_pb2.Event(step=step, summary=summary_pb2.Summary(value=values)))
+        if time.monotonic() - self._flushed > _SECONDS_BETWEEN_FLUSHES:
+            self._file.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        """Flushes and closes it."""
+        self._file.close()
+
+    def _add(self, event: event_pb2.Event) -> None:
+        event.wall_time = time.time()
+        self._file.write(event.SerializeToString())
 
 
 class _Copy:

@@ -1,6 +1,5 @@
 """The benchmark of the step compares steps that compute the same, and names every ratio."""
 
-import importlib.util
 import pathlib
 import re
 
@@ -10,7 +9,9 @@ from ranktuner_jax import cli
 from ranktuner_jax.bench.train import Case, ratio
 
 
+@pytest.mark.parametrize("torch", [False, pytest.param(True, marks=pytest.mark.parity)])
 def test_all_cases_have_a_row_and_the_same_loss(
+    torch: bool,
     tiny_config_file: pathlib.Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -20,7 +21,7 @@ def test_all_cases_have_a_row_and_the_same_loss(
     assert cli.main(["bench", "train", *arguments]) == 0
     shown = capsys.readouterr()
     names = ["RankTuner, fused", "RankTuner, dense"]
-    if importlib.util.find_spec("torch"):
+    if torch:
         names += ["torch, logits of all positions", "torch, hidden states filtered"]
     lines = shown.out.splitlines()
     losses = {

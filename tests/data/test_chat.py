@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from ranktuner_jax.data import BadRowError, ChatEncoder, TokenizedChat
+from ranktuner_jax.data.chat import turn_end_id
 from ranktuner_jax.data.records import to_conversation
 from ranktuner_jax.errors import UserError
 
@@ -192,7 +193,41 @@ def test_any_text_is_supervised_exactly(tokenizer: Any, contents: list[str]) -> 
     assert supervised_texts(tokenizer, sample) == answers
 
 
+def test_a_template_is_asked_which_token_ends_a_turn(
+    make_tokenizer: MakeTokenizer, family_and_template: tuple[str, str]
+) -> None:
+    tokenizer = make_tokenizer(*family_and_template)
+    assert turn_end_id(tokenizer) == tokenizer.eos_token_id
+
+
+def test_the_token_that_ends_a_turn_need_not_be_the_end_of_the_sequence(
+    make_tokenizer: MakeTokenizer, templates: dict[str, str]
+) -> None:
+    template = templates["smollm2"].replace("<|im_end|>", "<|endoftext|>")
+    tokenizer = make_tokenizer("smollm2", template)
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.convert_ids_to_tokens(turn_end_id(tokenizer)) == "<|endoftext|>"
+
+
+def test_a_template_that_wants_a_system_prompt_is_asked_with_one(
+    make_tokenizer: MakeTokenizer, templates: dict[str, str]
+) -> None:
+    wants = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    tokenizer = make_tokenizer("qwen", wants + templates["smollm2"])
+    assert turn_end_id(tokenizer) == tokenizer.eos_token_id
+
+
 # --- what is refused ---
+
+
+def test_a_template_that_refuses_every_conversation_is_the_users_mistake(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    tokenizer = make_tokenizer("qwen", "{{ raise_exception('never') }}")
+    with pytest.raises(
+        UserError, match=r"model: expected a chat template .*never; set data\.chat_t"
+    ):
+        turn_end_id(tokenizer)
 
 
 def refusal(tokenizer: Any, turns: list[tuple[str, str]]) -> str:

@@ -3,17 +3,21 @@
 import argparse
 import json
 import pathlib
+import re
 import types
 from collections.abc import Callable
 from typing import Any
 
+import huggingface_hub
 import pytest
 from rich.console import Console
 
 from ranktuner_jax.bench import data as bench
-from ranktuner_jax.data import DataConfig, inspect, load_rows, prepare, read_source
-from ranktuner_jax.data.options import add_config_arguments, config_from
+from ranktuner_jax.data import DataConfig, load_rows, read_source, storage
+from ranktuner_jax.data.inspect import show_rows
 from ranktuner_jax.errors import UserError
+from ranktuner_jax.train.commands import data_inspect as inspect
+from ranktuner_jax.train.commands import data_prepare as prepare
 
 GSM8K = [
     {"question": "Half of 48?", "answer": "It is 48/2 = <<48/2=24>>24.\n#### 24"},
@@ -24,7 +28,8 @@ GSM8K = [
 def call(module: types.ModuleType, *arguments: str) -> int:
     parser = argparse.ArgumentParser()
     module.add_arguments(parser)
-    code: int = module.run(parser.parse_args(arguments))
+    args, args.overrides = parser.parse_known_args(arguments)
+    code: int = module.run(args)
     return code
 
 
@@ -47,7 +52,11 @@ def test_prepare_writes_what_training_reads(
     output = str(tmp_path / "data sets" / "GSM-8K")
     splits = ("--split=train=train[2:]", "--split=test=train[:2]")
     code = call(
-        prepare, f"--source={source}", f"--output={output}", *splits, "--strip_calculator_marks"
+        prepare,
+        f"--config.data.source={source}",
+        f"--output={output}",
+        *splits,
+        "--config.data.strip_calculator_marks=true",
     )
     assert code == 0
     printed = capsys.readouterr().out.splitlines()
@@ -66,7 +75,7 @@ def test_prepare_writes_what_training_reads(
 def test_prepare_keeps_weights(write_jsonl: Callable[..., str], tmp_path: pathlib.Path) -> None:
     turns = [{"role": "user", "content": "2 + 2"}, {"role": "assistant", "content": "4"}]
     source = write_jsonl({"messages": [*turns, turns[0], {**turns[1], "weight": 0.5}], "weight": 4})
-    call(prepare, f"--source={source}", f"--output={tmp_path / 'out'}")
+    call(prepare, f"--config.data.source={source}", f"--output={tmp_path / 'out'}")
     [record] = read_source(str(tmp_path / "out"))
     assert [turn["weight"] for turn in record.fields["messages"]] == [0.0, 4.0, 0.0, 2.0]
     assert record.fields["weight"] == 1.0
@@ -76,25 +85,25 @@ def test_prepare_counts_what_it_leaves_out(
     write_jsonl: Callable[..., str], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = write_jsonl(*GSM8K, "{", {"question": "?", "answer": ""})
-    arguments = (f"--source={source}", f"--output={tmp_path / 'out'}")
+    arguments = (f"--config.data.source={source}", f"--output={tmp_path / 'out'}")
     with pytest.raises(UserError, match=f"{source}:3: broken JSON"):
         call(prepare, *arguments)
     assert not (tmp_path / "out").exists()
-    call(prepare, *arguments, "--on_bad_row=skip")
+    call(prepare, *arguments, "--config.data.on_bad_row=skip")
     printed = capsys.readouterr().out
     assert "train: 2 of 4 conversations, 2 bad and skipped\n  1 × broken JSON" in printed
 
 
 def test_prepare_overwrites_nothing(write_jsonl: Callable[..., str], tmp_path: Any) -> None:
     with pytest.raises(UserError, match="--output: expected a folder that does not exist, got"):
-        call(prepare, f"--source={write_jsonl(*GSM8K)}", f"--output={tmp_path}")
+        call(prepare, f"--config.data.source={write_jsonl(*GSM8K)}", f"--output={tmp_path}")
 
 
 def test_prepare_refuses_an_empty_split(write_jsonl: Callable[..., str], tmp_path: Any) -> None:
     with pytest.raises(UserError, match=r"nothing to write of .*, split train\[:0\]"):
         call(
             prepare,
-            f"--source={write_jsonl(*GSM8K)}",
+            f"--config.data.source={write_jsonl(*GSM8K)}",
             f"--output={tmp_path / 'out'}",
             "--split=train=train[:0]",
         )
@@ -107,7 +116,7 @@ def test_prepare_asks_for_the_name_of_a_slice(
     with pytest.raises(UserError, match=r"expected a name, or NAME=SLICE, got 'train\[:5\]'"):
         call(
             prepare,
-            f"--source={write_jsonl(*GSM8K)}",
+            f"--config.data.source={write_jsonl(*GSM8K)}",
             f"--output={tmp_path / 'out'}",
             "--split=train[:5]",
         )
@@ -119,9 +128,9 @@ def test_prepare_says_where_it_may_not_write(
     def refuse(*_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(prepare.storage, "write_dataset", refuse)
+    monkeypatch.setattr(storage, "write_dataset", refuse)
     with pytest.raises(UserError, match=r"--output: cannot write to .*: Permission denied"):
-        call(prepare, f"--source={write_jsonl(*GSM8K)}", f"--output={tmp_path / 'out'}")
+        call(prepare, f"--config.data.source={write_jsonl(*GSM8K)}", f"--output={tmp_path / 'out'}")
 
 
 # --- inspect ---
@@ -135,12 +144,14 @@ def test_inspect_marks_what_is_supervised(
     )
     code = call(
         inspect,
-        f"--source={source}",
-        f"--model={folder}",
-        "--row_length=128",
+        f"--config.data.source={source}",
+        f"--config.model={folder}",
+        "--config.data.row_length=128",
         "--rows=1",
-        "--on_bad_row=skip",
-        "--too_long=drop",
+        "--config.data.on_bad_row=skip",
+        "--config.data.too_long=drop",
+        "--config.data.holdout=0",
+        "--config.eval.split=test",
     )
     assert code == 0
     printed = capsys.readouterr().out
@@ -165,23 +176,36 @@ def test_inspect_colours_what_is_supervised(
     rows = load_rows(DataConfig(write_jsonl(GSM8K[0]), row_length=128), tokenizer)
     console = Console(force_terminal=True, color_system="standard", width=100, record=True)
     with console.capture() as captured:
-        inspect.show_rows(console, rows, tokenizer, 1)
+        show_rows(console, rows, tokenizer, 1)
     shown = captured.get()
     assert "\x1b[32mIt is 48/2" in shown
     assert "⟦" not in shown
 
 
-def test_inspect_finds_a_model_in_the_cache(
+def test_inspect_resolves_a_model_as_training_does(
     write_jsonl: Callable[..., str],
     cache: pathlib.Path,
     tokenizer: Any,
-    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    tokenizer.save_pretrained(cache / "models" / "toy")
-    source = write_jsonl(*GSM8K)
-    assert call(inspect, f"--source={source}", "--model=toy", "--row_length=128") == 0
-    with pytest.raises(UserError, match="expected a folder with a tokenizer, got none"):
-        call(inspect, f"--source={source}", "--model=none")
+    hub = tokenizer.save_pretrained(cache / "models" / "smollm2-135m")
+    source = f"--config.data.source={write_jsonl(*GSM8K)}"
+    assert call(inspect, source) == 0
+    folder = str(pathlib.Path(hub[0]).parent)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **options: folder)
+    assert call(inspect, source, "--config.model=owner/name") == 0
+    with pytest.raises(UserError, match="model 'none': no such folder; give a Hugging Face folder"):
+        call(inspect, source, "--config.model=none")
+
+
+def test_inspect_shows_what_training_sees_and_counts_what_it_does_not(
+    write_jsonl: Callable[..., str], folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = f"--config.data.source={write_jsonl(*GSM8K)}"
+    assert call(inspect, source, f"--config.model={folder}", "--rows=9") == 0
+    printed = capsys.readouterr().out
+    assert ("Half of 48?" in printed) != ("24 + 24?" in printed)
+    assert re.search(r"held out +1 *\n", printed)
 
 
 def test_data_cannot_steer_the_terminal(write_jsonl: Callable[..., str], tokenizer: Any) -> None:
@@ -189,21 +213,9 @@ def test_data_cannot_steer_the_terminal(write_jsonl: Callable[..., str], tokeniz
     rows = load_rows(DataConfig(write_jsonl(row), row_length=128), tokenizer)
     console = Console(force_terminal=True, color_system=None, width=100)
     with console.capture() as captured:
-        inspect.show_rows(console, rows, tokenizer, 1)
+        show_rows(console, rows, tokenizer, 1)
     assert "\x1b" not in captured.get()
     assert "⟦\\x1b]0;title\\x07<|im_end|>⟧" in captured.get()
-
-
-# --- flags ---
-
-
-def test_flags_are_the_fields_of_the_config() -> None:
-    parser = argparse.ArgumentParser()
-    add_config_arguments(parser, "source", "packing", "row_length")
-    assert config_from(parser.parse_args([])) == DataConfig()
-    args = parser.parse_args(["--source=100%.jsonl", "--no-packing", "--row_length=64"])
-    assert config_from(args) == DataConfig("100%.jsonl", packing=False, row_length=64)
-    assert "Tokens a row, the T of a batch. [1024]" in parser.format_help()
 
 
 # --- bench ---
@@ -213,7 +225,15 @@ def test_bench_measures_the_pipeline(
     write_jsonl: Callable[..., str], folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = write_jsonl(*GSM8K * 20)
-    assert call(bench, f"--source={source}", f"--model={folder}", "--row_length=128") == 0
+    assert (
+        call(
+            bench,
+            f"--config.data.source={source}",
+            f"--config.model={folder}",
+            "--config.data.row_length=128",
+        )
+        == 0
+    )
     printed = capsys.readouterr().out
     assert json.dumps(40) in printed
     assert "tokenize and pack" in printed

@@ -16,8 +16,11 @@ TURNS = [{"role": "user", "content": "2 + 2"}, {"role": "assistant", "content": 
         {"prompt": "2 + 2", "completion": "4"},
         {"problem": "2 + 2", "solution": "4", "messages": None, "prompt": None, "completion": None},
         {"question": "2 + 2", "answer": "4"},
+        {"instruction": "2 + 2", "input": "", "output": "4"},
+        {"conversations": [{"from": "human", "value": "2 + 2"}, {"from": "gpt", "value": "4"}]},
+        {"conversations": TURNS},
     ],
-    ids=["messages", "prompt", "problem", "question"],
+    ids=["messages", "prompt", "problem", "question", "alpaca", "sharegpt", "conversations"],
 )
 def test_the_usual_columns_are_found(row: dict[str, Any]) -> None:
     conversation = to_conversation(row)
@@ -30,6 +33,11 @@ def test_named_columns_win_over_the_usual_ones() -> None:
     row = {"prompt": "no", "completion": "no", "q": "2 + 2", "a": "4"}
     conversation = to_conversation(row, prompt_column="q", completion_column="a")
     assert list(conversation.messages) == TURNS
+
+
+def test_the_input_of_an_instruction_follows_it() -> None:
+    row = {"instruction": "Add.", "input": "2 + 2", "output": "4"}
+    assert to_conversation(row).messages[0]["content"] == "Add.\n\n2 + 2"
 
 
 def test_the_weights_of_row_and_turn_multiply() -> None:
@@ -55,9 +63,11 @@ def test_calculator_marks_go_and_other_brackets_stay() -> None:
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"text": "x"}, r"expected a column 'messages'.*got the columns \['text'\]"),
+        ({"text": "x"}, r"expected a column 'messages'.*got the columns \['text'\]; name yours"),
         ({"messages": []}, r"messages: expected a list of turns, got list \[\]"),
         ({"messages": "hi"}, "messages: expected a list of turns, got str 'hi'"),
+        ({"conversations": "hi"}, "messages: expected a list of turns, got str 'hi'"),
+        ({"conversations": [{"from": 1, "value": "x"}]}, "message 1: role: expected text, got int"),
         ({"messages": ["hi"]}, "message 1: expected an object with role and content"),
         ({"messages": [{"content": "x"}]}, "message 1: role: expected text, got NoneType"),
         ({"messages": [{"role": "user"}]}, "message 1: content: expected text, got NoneType"),

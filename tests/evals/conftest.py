@@ -35,6 +35,7 @@ class Letters:
 
     alphabet = "0123456789abcdefghijkl"
     eos_token_id = 0
+    chat_template = None
 
     def encode(self, text: str) -> list[int]:
         return [self.alphabet.index(letter) + 1 for letter in text]

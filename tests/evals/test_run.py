@@ -7,12 +7,15 @@ import json
 import math
 import os
 import pathlib
+import shutil
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
+import transformers
 from flax import nnx
 
 from ranktuner_jax.data import Example
@@ -30,7 +33,7 @@ from ranktuner_jax.evals import (
     wilson_interval,
 )
 from ranktuner_jax.evals import run as run_module
-from ranktuner_jax.models import Decoder, param_shardings
+from ranktuner_jax.models import Decoder, param_shardings, save_pretrained
 from tests.tolerances import F32
 
 Row = dict[str, np.ndarray]
@@ -238,11 +241,48 @@ def test_turns_end_at_the_end_of_sequence_and_at_known_markers(tokenizer: object
 
     class Llama:
         eos_token_id = None
+        chat_template = None
 
         def get_added_vocab(self) -> dict[str, int]:
             return {"<|eot_id|>": 9, "<|end_of_text|>": 7, "<|start_header_id|>": 3}
 
     assert stop_ids(Llama()) == [7, 9]  # type: ignore[arg-type]
+
+
+def test_the_token_that_ends_a_turn_in_the_template_ends_a_completion_and_is_exported(
+    model: Decoder, rows: list[Row], tmp_path: pathlib.Path
+) -> None:
+    prompt = [3, 1, 4]
+    [completion] = generate(model, [prompt], max_new_tokens=3, stop_ids=[])
+    end = completion.tokens[1]
+    assert end not in (0, completion.tokens[0])
+    # One word a token: word 0 is the end of the sequence, and the template ends turns otherwise.
+    words = tokenizers.models.WordLevel({f"w{i}": i for i in range(23)}, unk_token="w0")
+    backend = tokenizers.Tokenizer(words)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="w0",
+        additional_special_tokens=[f"w{end}"],
+        chat_template="{% for m in messages %}{{ m.content + ' w" + str(end) + " ' }}{% endfor %}",
+    )
+    assert stop_ids(tokenizer) == [0, end]
+
+    turns = [{"role": "user", "content": "?"}]
+    example = Example(0, turns, prompt, [5, end], row={"answer": f"w{completion.tokens[0]}"})
+    config = dataclasses.replace(CONFIG, task="exact")
+    result = evaluate(model, tokenizer, rows=rows, examples=[example], config=config)
+    assert (result.finished, result.correct) == (1, 1)
+
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    save_pretrained(
+        model,
+        tmp_path / "model",
+        tokenizer_from=tmp_path / "tokenizer",
+        stop_ids=stop_ids(tokenizer),
+    )
+    exported = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    assert set(exported["eos_token_id"]) >= {0, end}
 
 
 @pytest.mark.parametrize(("correct", "total"), [(0, 10), (10, 10), (3, 7), (100, 256)])
@@ -379,3 +419,40 @@ def test_a_fingerprint_changes_with_all_that_is_looked_at_and_nothing_else(
     os.utime(folder / "model.safetensors", (1, 1))
     seen.append(name())
     assert len(set(seen)) == len(seen)
+
+
+def test_a_fingerprint_changes_with_the_code_the_libraries_and_the_device(
+    rows: list[Row], folder: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def name() -> str:
+        return fingerprint(folder, precision="float32", rows=rows, examples=[], config=CONFIG)
+
+    def copy(to: str) -> pathlib.Path:
+        return pathlib.Path(shutil.copytree(cache.PACKAGE, tmp_path / to))
+
+    base = name()
+    monkeypatch.setattr(cache, "PACKAGE", copy("the same"))
+    assert name() == base
+
+    seen = [base]
+    for room in ("losses", "models", "data", "evals"):
+        changed = copy(room)
+        with sorted((changed / room).glob("*.py"))[-1].open("a") as file:
+            file.write("# Other code.")
+        monkeypatch.setattr(cache, "PACKAGE", changed)
+        seen.append(name())
+    monkeypatch.setattr(jax, "devices", lambda: [Device()])
+    seen.append(name())
+    monkeypatch.setattr(cache, "_versions", lambda: {"jax": "9.9.9"})
+    seen.append(name())
+    assert len(set(seen)) == len(seen)
+
+
+class Device:
+    device_kind = "another device"
+
+
+def test_a_package_that_is_not_installed_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {"jax", "jaxlib", "transformers"} <= cache._versions().keys()
+    monkeypatch.setattr(cache, "LIBRARIES", ("jax", "no such library"))
+    assert cache._versions() == {"jax": jax.__version__}

@@ -10,7 +10,8 @@ import sys
 
 import pytest
 
-from ranktuner_jax.train import command, load_config
+from ranktuner_jax.train import load_config
+from ranktuner_jax.train.commands import train as command
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGE = (ROOT / "launch" / "README.md").read_text()

@@ -1,4 +1,4 @@
-"""Every family against transformers: frozen logits for everyone, live ones where torch is."""
+"""Every family against transformers: frozen logits for everyone, live ones with torch."""
 
 import pathlib
 
@@ -48,9 +48,9 @@ def test_saving_and_loading_gives_the_same_folder(case: str, tmp_path: pathlib.P
         np.testing.assert_array_equal(written[name], value)
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("case", tiny.CASES)
 def test_transformers_agrees_in_both_directions(case: str, tmp_path: pathlib.Path) -> None:
-    pytest.importorskip("torch", reason="parity with transformers needs the extra `parity`")
     from tests.models.make_golden import torch_logits
 
     config = tiny.write_checkpoint(case, tmp_path)

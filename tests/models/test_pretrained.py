@@ -1,8 +1,10 @@
 """Folders in and out: what is refused, what is kept, and how much memory it takes."""
 
 import concurrent.futures
+import errno
 import json
 import pathlib
+import resource
 import subprocess
 import sys
 
@@ -168,6 +170,35 @@ def test_loading_onto_a_mesh_pads_the_vocabulary_and_saving_drops_it(folder: pat
         np.testing.assert_array_equal(value, original[name])
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("axes", [(), ("fsdp",), ("fsdp", "tensor")])
+def test_the_file_is_the_one_that_safetensors_would_write(
+    folder: pathlib.Path, axes: tuple[str, ...], dtype: jnp.dtype
+) -> None:
+    sizes = {0: (), 1: (8,), 2: (2, 4)}[len(axes)]
+    mesh = jax.make_mesh(sizes, axes, axis_types=(AxisType.Auto,) * len(axes)) if axes else None
+    model = models.load_pretrained(folder, mesh=mesh, param_dtype=dtype)
+    models.save_pretrained(model, folder.parent / "out")
+    ours = folder.parent / "out" / "model.safetensors"
+    save_file(load_file(ours), folder / "theirs.safetensors", metadata={"format": "pt"})
+    assert ours.read_bytes() == (folder / "theirs.safetensors").read_bytes()
+
+
+def test_saving_where_the_system_refuses_is_an_os_error_and_leaves_nothing(
+    folder: pathlib.Path,
+) -> None:
+    model, limits = models.load_pretrained(folder), resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = sorted(folder.parent.iterdir())
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # No file may grow beyond this.
+    try:
+        with pytest.raises(OSError, match="File too large") as error:
+            models.save_pretrained(model, folder.parent / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.value.errno == errno.EFBIG
+    assert sorted(folder.parent.iterdir()) == before
+
+
 def test_saving_keeps_type_tokenizer_and_template(folder: pathlib.Path) -> None:
     for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json", "notes.txt"):
         (folder / name).write_text(f'"{name}"')
@@ -231,7 +262,7 @@ def test_nothing_is_overwritten_and_nothing_is_half_written(
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr("safetensors.numpy.save_file", fail)
+    monkeypatch.setattr(type(model.config), "to_hf", fail)  # The weights are written by then.
     with pytest.raises(OSError, match="disk full"):
         models.save_pretrained(model, folder.parent / "out")
     assert sorted(p.name for p in folder.parent.iterdir()) == ["file", "model"]

@@ -81,11 +81,12 @@ def test_tokenizer_and_template_are_the_models_own(folder: pathlib.Path) -> None
     assert models.read_config(folder).rope.rope_theta == 1e5
 
 
+@pytest.mark.parity
 @needs_package
 def test_logits_match_transformers(
     folder: pathlib.Path, tokens: np.ndarray, logits: np.ndarray
 ) -> None:
-    torch = pytest.importorskip("torch", reason="parity needs the extra `parity`")
+    import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -94,11 +95,12 @@ def test_logits_match_transformers(
     np.testing.assert_allclose(logits, theirs, **SMOLLM2_LOGITS)
 
 
+@pytest.mark.parity
 @needs_package
 def test_an_exported_model_gives_the_same_mean_likelihood_in_transformers(
     folder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    torch = pytest.importorskip("torch", reason="parity needs the extra `parity`")
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = models.load_pretrained(folder)

@@ -17,6 +17,7 @@ def start(
     processes: int = 2,
     devices: int = 4,
     env: Mapping[str, str] | None = None,
+    own: Sequence[str] | None = None,
 ) -> list[subprocess.Popen[str]]:
     """Starts `ranktuner train` in each process; a free port makes them find each other.
 
@@ -25,6 +26,7 @@ def start(
       processes: How many.
       devices: Fake CPU devices of each.
       env: Further variables of their environment.
+      own: A further argument of each.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -38,7 +40,7 @@ def start(
     command = [sys.executable, "-m", "ranktuner_jax.cli", "train", *arguments, *place]
     return [
         subprocess.Popen(
-            [*command, f"--process={process}"],
+            [*command, f"--process={process}", *(own[process : process + 1] if own else ())],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

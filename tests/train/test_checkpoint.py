@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import pathlib
@@ -17,7 +18,7 @@ import pytest
 from flax.training.train_state import TrainState
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ranktuner_jax.errors import UserError
+from ranktuner_jax.errors import RunError, UserError
 from ranktuner_jax.train import (
     CheckpointConfig,
     Checkpoints,
@@ -276,6 +277,57 @@ def test_other_versions_are_said(two_saved: pathlib.Path, monkeypatch: pytest.Mo
     )
 
 
+def loggers() -> list[logging.Logger]:
+    return [logging.getLogger(name) for name in ("absl", "asyncio")]
+
+
+def test_other_tracebacks_are_logged_while_a_run_saves(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(), run={}, params=PARAMS)
+    for logger in loggers():
+        try:
+            raise ValueError(f"the user's, to {logger.name}")
+        except ValueError:
+            logger.exception("of the user")
+    checkpoints.close()
+    assert "ValueError: the user's, to absl" in caplog.text
+    assert "ValueError: the user's, to asyncio" in caplog.text
+
+
+def test_reading_only_is_nothing_to_warn_of(
+    two_saved: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.clear()
+    config = CheckpointConfig()
+    Checkpoints(two_saved, config, run={}, params=PARAMS, read_only=True).close()
+    assert "read" not in caplog.text
+
+
+@pytest.mark.parametrize("end", ["close", "close that raises", "no start"])
+def test_once_closed_nothing_is_kept_out_of_the_log(end: str, tmp_path: pathlib.Path) -> None:
+    before = [list(logger.filters) for logger in loggers()]
+    if end == "no start":
+        (tmp_path / "file").write_text("")
+        with pytest.raises(OSError, match="Not a directory"):
+            Checkpoints(tmp_path / "file", CheckpointConfig(), run={}, params=PARAMS)
+    else:
+        checkpoints = Checkpoints(tmp_path, CheckpointConfig(), run={}, params=PARAMS)
+        assert [logger.filters for logger in loggers()] != before
+        other = Checkpoints(tmp_path / "other", CheckpointConfig(), run={}, params=PARAMS)
+        other.close()
+        assert [logger.filters for logger in loggers()] != before
+        if end == "close that raises":
+            # Where the checkpoint is to be committed there is a file.
+            checkpoints.save(3, make_state(3.0), {})
+            (tmp_path / "checkpoints" / "3").write_text("")
+            with pytest.raises(RunError, match="step 3 could not be written"):
+                checkpoints.close()
+        else:
+            checkpoints.close()
+    assert [logger.filters for logger in loggers()] == before
+
+
 MESHES = {
     "data 8": {"data": 8},
     "fsdp 8": {"fsdp": 8, "data": 1},
@@ -313,6 +365,74 @@ def test_the_values_are_the_same_on_any_mesh(tmp_path: pathlib.Path) -> None:
         checkpoints.close()
         assert_equal(state, expected)
         assert [leaf.sharding for leaf in jax.tree.leaves(state)] == wanted
+
+
+def shapes_on(sizes: dict[str, int]) -> dict[str, jax.ShapeDtypeStruct]:
+    params = on_mesh(random_state(0), sizes).params
+    return {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+        for name, leaf in params.items()
+    }
+
+
+@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+def test_parameters_come_back_alone_on_any_mesh(
+    sizes: dict[str, int], two_saved: pathlib.Path
+) -> None:
+    checkpoints = reopen(two_saved, read_only=True)
+    shapes = shapes_on(sizes)
+    found = checkpoints.restore_params(shapes)
+    checkpoints.close()
+    assert (found.step, found.data, found.notes) == (4, {"next_row": 32}, [])
+    expected = random_state(4).params
+    assert found.state.keys() == expected.keys()
+    for name, leaf in found.state.items():
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(expected[name]))
+        assert (leaf.dtype, leaf.sharding) == (expected[name].dtype, shapes[name].sharding)
+
+
+def test_parameters_are_checked_and_a_broken_checkpoint_is_passed_over(
+    two_saved: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    workdir = tmp_path / "run"
+    shutil.copytree(two_saved, workdir)
+    flip_a_bit(
+        max(workdir.glob(f"checkpoints/4/{DAMAGE[0][1]}"), key=lambda path: path.stat().st_size)
+    )
+    checkpoints = reopen(workdir, read_only=True)
+    found = checkpoints.restore_params(shapes_on(MESHES["1 device"]))
+    assert found.step == 2
+    assert (
+        "4 is broken (params.w is not what was saved); going on from checkpoint 2"
+        in (found.notes[0])
+    )
+    np.testing.assert_array_equal(np.asarray(found.state["w"]), random_state(2).params["w"])
+    with pytest.raises(UserError, match=r"4: params\.w is not what was saved"):
+        checkpoints.restore_params(shapes_on(MESHES["1 device"]), 4)
+    checkpoints.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"more": (2, 2)}, r"params\.more is not both in it and in the model"),
+        ({"b": None}, r"params\.b is not both in it and in the model"),
+        ({"w": (64, 16)}, r"shape: \(64, 16\) is not compatible with the stored shape"),
+        ({"w": (64, 64)}, r"shape: \(64, 64\) is not compatible with the stored shape"),
+    ],
+)
+def test_parameters_of_another_model_are_refused(
+    change: dict[str, tuple[int, ...] | None], said: str, two_saved: pathlib.Path
+) -> None:
+    shapes = shapes_on(MESHES["1 device"])
+    for name, shape in change.items():
+        old = shapes.pop(name, shapes["w"])
+        if shape is not None:
+            shapes[name] = jax.ShapeDtypeStruct(shape, old.dtype, sharding=old.sharding)
+    checkpoints = reopen(two_saved, read_only=True)
+    with pytest.raises(UserError, match=said):
+        checkpoints.restore_params(shapes)
+    checkpoints.close()
 
 
 def test_elements_that_changed_places_change_the_checksum() -> None:

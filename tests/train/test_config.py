@@ -103,6 +103,9 @@ def test_a_config_that_does_not_exist_is_named(name: str, message: str) -> None:
         ("{'train': {'step': 1}}", "unknown key train.step; did you mean steps"),
         ("{'train': {'steps': 'x'}}", "train.steps expected int, got 'x'"),
         ("{'train': 3}", "train is a group of keys, got 3"),
+        ("{'loss': 3}", "loss is a group of keys, got 3"),
+        ("{'loss': {'weighting': ['sft']}}", "loss.weighting: expected one of ranktuner"),
+        ("3", r"expected get_config\(\) of .* to return a ConfigDict, got int"),
     ],
 )
 def test_a_wrong_key_in_a_config_file_is_named(
@@ -112,6 +115,43 @@ def test_a_wrong_key_in_a_config_file_is_named(
     path.write_text(f"def get_config():\n    return {chosen}\n")
     with pytest.raises(UserError, match=message):
         load_config(str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "def get_config():\n    return {'seed' 3}\n",
+            r"mine\.py:2: SyntaxError: .*, in `return \{'seed' 3\}`$",
+        ),
+        (
+            "import no_such_package\n",
+            r"mine\.py:1: ModuleNotFoundError: No module named 'no_such_package', in `import",
+        ),
+        (
+            "import json\n\ndef get_config():\n    return json.loads('{')\n",
+            r"mine\.py:4: JSONDecodeError: .*, in `return json\.loads\('\{'\)`$",
+        ),
+        ("get_config = 1 / 0\n", r"mine\.py:1: ZeroDivisionError: division by zero, in `get_conf"),
+    ],
+    ids=["syntax", "import", "raises in a library", "raises"],
+)
+def test_what_is_wrong_in_a_config_file_is_said_with_its_own_line(
+    text: str, message: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("mine.py").write_text(text)
+    with pytest.raises(UserError, match=f"^--config: {message}") as raised:
+        load_config("mine.py")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "overrides", [["--config.data.holdout=0.1"], ["--config.eval.split=holdout"]]
+)
+def test_what_is_held_out_is_what_is_evaluated(overrides: list[str]) -> None:
+    with pytest.raises(UserError, match=r"eval\.split: expected 'holdout' where data\.holdout"):
+        load_config("smollm2_chain_sum", overrides)
 
 
 def test_a_config_file_without_get_config_is_refused(tmp_path: pathlib.Path) -> None:

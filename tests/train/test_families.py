@@ -42,7 +42,7 @@ def own_folder(
     request: pytest.FixtureRequest, tiny_model: pathlib.Path, tmp_path: pathlib.Path
 ) -> pathlib.Path:
     """A checkpoint as transformers writes it: random, with nothing at its initial 0 or 1."""
-    torch = pytest.importorskip("torch", reason="transformers writes models with torch only")
+    import torch
     from transformers import AutoModelForCausalLM
 
     config = AutoConfig.for_model(
@@ -90,6 +90,7 @@ def mean_nll_of_transformers(folder: pathlib.Path, rows: data.Rows) -> float:
     return float(np.concatenate(losses).mean(dtype=np.float64))
 
 
+@pytest.mark.parity
 def test_what_was_trained_from_a_folder_is_the_same_model_in_transformers(
     own_folder: pathlib.Path, tiny_config_file: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
@@ -179,8 +180,8 @@ def test_the_exported_folder_holds_the_template_of_the_config(
         assert (again / file.name).read_bytes() == file.read_bytes()
 
 
+@pytest.mark.parity
 def test_transformers_generates_what_was_learnt_and_stops(plain_run: pathlib.Path) -> None:
-    pytest.importorskip("torch", reason="generation in transformers needs torch")
     from transformers import AutoModelForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(plain_run / "model")
@@ -201,8 +202,8 @@ def test_eval_and_inspect_use_the_template_of_the_config(
     arguments = [f"--config={tiny_config_file}", f"--model={base_model}", "--config.eval.task="]
     assert cli.main(["eval", *arguments, "--config.data.chat_template=plain"]) == 0
     assert "token accuracy" in capsys.readouterr().out
-    shown = [f"--model={base_model}", f"--source={sums}", "--chat_template=plain", "--rows=1"]
-    assert cli.main(["data", "inspect", *shown]) == 0
+    keys = (f"model={base_model}", f"data.source={sums}", "data.chat_template=plain")
+    assert cli.main(["data", "inspect", "--rows=1", *(f"--config.{key}" for key in keys)]) == 0
     assert "Assistant:\n⟦" in capsys.readouterr().out
 
 

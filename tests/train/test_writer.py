@@ -2,14 +2,18 @@
 
 import io
 import json
+import math
 import pathlib
+import socket
 import sys
+import time
 import types
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from etils import epath
+from tensorboardX.proto import event_pb2
 
 from ranktuner_jax.errors import UserError
 from ranktuner_jax.train import TelemetryConfig, Writer, writer
@@ -33,6 +37,43 @@ def test_metrics_are_lines_of_json_and_events(tmp_path: pathlib.Path) -> None:
     events = list((tmp_path / "tensorboard").iterdir())
     assert len(events) == 1
     assert b"train/nll" in events[0].read_bytes()
+
+
+def events(folder: pathlib.Path) -> list[event_pb2.Event]:
+    """What a file of events holds: each is its length, a checksum of that, and one of its own."""
+    [path] = folder.iterdir()
+    content, found = path.read_bytes(), []
+    while content:
+        size = int.from_bytes(content[:8], "little")
+        found.append(event_pb2.Event.FromString(content[12 : 12 + size]))
+        content = content[16 + size :]
+    return found
+
+
+def test_tensorboard_forgets_steps_that_are_done_again(tmp_path: pathlib.Path) -> None:
+    with Writer(tmp_path, start=4, steps=9, stream=io.StringIO()) as writer:
+        writer.write(5, {"train/nll": 0.5, "train/loss": float("nan")})
+        # It is on disk soon, not at the end.
+        assert len(events(tmp_path / "tensorboard")) == 3
+    version, session, metrics = events(tmp_path / "tensorboard")
+    assert version.file_version == "brain.Event:2"
+    assert (session.step, session.session_log.status) == (5, event_pb2.SessionLog.START)
+    assert metrics.step == 5
+    values = {value.tag: value.simple_value for value in metrics.summary.value}
+    assert values == {"train/nll": 0.5, "train/loss": pytest.approx(math.nan, nan_ok=True)}
+
+
+def test_a_full_disk_is_raised_where_numbers_are_written(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "tensorboard").mkdir()
+    for second in range(9):
+        name = f"events.out.tfevents.{int(time.time()) + second}.{socket.gethostname()}"
+        (tmp_path / "tensorboard" / name).symlink_to("/dev/full")
+    writer = Writer(tmp_path, start=0, steps=99, stream=io.StringIO())
+    with pytest.raises(OSError, match="No space left"):
+        writer.write(1, {"train/nll": 0.5})
+    with pytest.raises(OSError, match="No space left"):
+        writer.close()
+    assert writer._file.closed
 
 
 def test_lines_of_steps_that_are_done_again_are_dropped(tmp_path: pathlib.Path) -> None:

@@ -1,0 +1,72 @@
+"""The held-out rows and questions of a config: the same for every evaluation of a run."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from ranktuner_jax import data, evals, models
+from ranktuner_jax.train.config import TrainConfig
+
+__all__ = ["HeldOut"]
+
+Progress = Callable[[int, int], None]
+
+
+class HeldOut:
+    """What a run is evaluated on.
+
+    Args:
+      config: The run.
+      folder: The folder of the model at its start.
+      tokenizer: Its tokenizer.
+
+    Raises:
+      UserError: If the split does not exist, a row is bad, or the task cannot score the rows.
+
+    Attributes:
+      size: How much there is, in words.
+      note: What there is to say of the questions, such as why there are none; "" for nothing.
+    """
+
+    def __init__(self, config: TrainConfig, folder: pathlib.Path, tokenizer: Any) -> None:
+        self._config, self._folder, self._tokenizer = config.eval, folder, tokenizer
+        split = config.eval.split
+        self._rows = data.load_rows(config.data, tokenizer, split=split, seed=config.seed)
+        self._examples: list[data.Example] = []
+        self.note = ""
+        if config.eval.task:
+            self._examples, self.note = evals.scorable(
+                config.eval.task,
+                data.load_examples(config.data, tokenizer, split=split, limit=config.eval.examples),
+            )
+        self.size = (
+            f"{min(len(self._rows), config.eval.rows):,} held-out rows, "
+            f"{len(self._examples):,} questions"
+        )
+
+    def evaluate(self, model: models.Decoder, progress: Progress | None = None) -> evals.EvalResult:
+        """Scores the rows and asks the questions."""
+        return evals.evaluate(
+            model,
+            self._tokenizer,
+            rows=self._rows,
+            examples=self._examples,
+            config=self._config,
+            progress=progress,
+        )
+
+    def cached(self, model: models.Decoder, progress: Progress | None = None) -> evals.EvalResult:
+        """As `evaluate`, of the model as it is in its folder; kept in the user's cache."""
+        result, _ = evals.cached_evaluation(
+            model,
+            self._tokenizer,
+            rows=self._rows,
+            examples=self._examples,
+            config=self._config,
+            model_folder=self._folder,
+            cache_dir=models.default_cache_dir(),
+            progress=progress,
+        )
+        return result

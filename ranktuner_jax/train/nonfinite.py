@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -64,11 +65,10 @@ def stop_at(
                 np.savez(file, **batch)  # type: ignore[arg-type]
                 (folder / "batch.npz").write_bytes(file.getvalue())
             (folder / "steps.json").write_text(json.dumps(steps))
-        checkpoints = Checkpoints(
-            folder, CheckpointConfig(asynchronous=False), to_dict(config), state.params
-        )
-        checkpoints.save(found.step - 1, state, {})
-        checkpoints.close()
+        with contextlib.closing(
+            Checkpoints(folder, CheckpointConfig(asynchronous=False), to_dict(config), state.params)
+        ) as checkpoints:
+            checkpoints.save(found.step - 1, state, {})
         kept = f"`ranktuner_jax.train.replay({os.fspath(workdir)!r}, {found.step})` does it again"
     except (OSError, RunError) as error:
         kept = f"it could not be kept in {folder}: {error}"
@@ -106,12 +106,12 @@ def replay(workdir: str | os.PathLike[str], step: int) -> dict[str, float]:
         param_dtype=jnp.dtype(config.train.param_dtype),
         remat=config.train.remat,
     )
-    checkpoints = Checkpoints(
-        folder, config.checkpoint, to_dict(config), nnx.state(model, nnx.Param), read_only=True
-    )
-    state = init_state(model, make_optimizer(config.optimizer, steps), mesh)
-    state = checkpoints.restore(state).state
-    checkpoints.close()
+    params = nnx.state(model, nnx.Param)
+    with contextlib.closing(
+        Checkpoints(folder, config.checkpoint, to_dict(config), params, read_only=True)
+    ) as checkpoints:
+        state = init_state(model, make_optimizer(config.optimizer, steps), mesh)
+        state = checkpoints.restore(state).state
     with np.load(io.BytesIO((folder / "batch.npz").read_bytes())) as kept:
         # The micro-batches are cut again.
         rows = {name: kept[name].reshape(-1, *kept[name].shape[2:]) for name in kept.files}

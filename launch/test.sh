@@ -9,9 +9,8 @@ source launch/venv.sh
 
 if [[ ${1:-} == --parity ]]; then
   shift
-  VENV=.venv-parity
-  install_into_venv test,parity
-  exec "$VENV/bin/python" -m pytest -n 2 -m parity "$@"
+  install_into_venv test,parity .venv-parity
+  exec .venv-parity/bin/python -m pytest -n 2 -m parity "$@"
 fi
 install_into_venv test
 .venv/bin/ruff format --check .

@@ -1,8 +1,8 @@
 # Sourced by the other scripts.
 #   run COMMAND...             runs it; with DRY_RUN=1 it only prints it
-#   install_into_venv EXTRAS   makes .venv in the repository and installs what it needs, once; for
-#                              example: install_into_venv train,eval
-# PYTHON names the interpreter (default: python3), VENV another folder than .venv.
+#   install_into_venv EXTRAS [FOLDER]   makes FOLDER (.venv) in the repository and installs what it
+#                                       needs, once; for example: install_into_venv train,eval
+# PYTHON names the interpreter (default: python3).
 
 run() {
   if [[ -n ${DRY_RUN:-} ]]; then
@@ -15,7 +15,7 @@ run() {
 }
 
 install_into_venv() {
-  local python=${PYTHON:-python3} venv=${VENV:-.venv} stamp
+  local python=${PYTHON:-python3} venv=${2:-.venv} stamp
   if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
     echo "ranktuner needs Python 3.11 or later, but '$python' is" \
       "$("$python" --version 2>&1 | tail -n 1). Set PYTHON=/path/to/python3.11 and try again." >&2

@@ -498,6 +498,7 @@ def load_rows(
         if len(chats) == first:
             raise UserError(
                 f"data: nothing to learn from in {source}, split {split or config.split}: {summary}"
+                + "; add rows, or lower data.holdout" * bool(summary.held_out)
             )
         bounds.append((first, len(chats), weight))
     lengths = [len(chat.tokens) - 1 for chat in chats]

@@ -94,7 +94,8 @@ def test_one_conversation_leaves_nothing_to_train_on(
 ) -> None:
     config = DataConfig(write_jsonl(*sums(1)), row_length=128, holdout=0.1)
     with pytest.raises(
-        UserError, match=r"nothing to learn from .*: 0 conversations and 1 held out"
+        UserError,
+        match=r"nothing to learn from .*: 0 conversations and 1 held out.*lower data\.holdout",
     ):
         load_rows(config, tokenizer)
 

@@ -356,6 +356,8 @@ class Checkpoints:
             yield
         except Exception as error:
             _clear_frames(error)
+            if isinstance(_root(error), jax.errors.JaxRuntimeError):
+                raise _root(error) from None  # A device or another process, not the folder.
             raise RunError(
                 f"the checkpoint of step {self._saving} could not be written to {self.folder}: "
                 f"{_one_line(error)}; older ones are whole, the same command goes on from there"
@@ -489,10 +491,16 @@ def _first_problem(problem: str) -> str:
     return next(filter(None, said), "")
 
 
-def _one_line(error: BaseException) -> str:
-    """An error in one line, without the specification of the array that TensorStore appends."""
+def _root(error: BaseException) -> BaseException:
+    """What an error began with."""
     while error.__cause__ is not None:
         error = error.__cause__
+    return error
+
+
+def _one_line(error: BaseException) -> str:
+    """An error in one line, without the specification of the array that TensorStore appends."""
+    error = _root(error)
     lines = str(error).strip().splitlines() or [""]
     # "[tensorstore_spec=..." and "[source locations=..." are pages of JSON.
     text = re.split(r" \[(?:tensorstore_spec|source locations)=", lines[0])[0]

@@ -119,6 +119,7 @@ def weight(t: Token, method: str, options: dict[str, Any], tau: float | None = N
             return 1 / (1 + math.exp(-30 * (u - 0.17)))
         return u ** o["alpha"] if gate == "power" else u
     if method == "talr":
+        assert tau is not None
         return max(t.prob ** (1 / tau), o.get("min_weight", 0.01))
     if method == "profit":
         return 1 if t.prob >= o.get("threshold", 0.1) else 0

@@ -1,4 +1,4 @@
-"""`ranktuner bench loss`: time and memory of the losses, in one table from one run."""
+"""`ranktuner bench loss`: time and memory of the losses."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from jax import lax
 from ranktuner_jax import losses
 from ranktuner_jax.errors import UserError
 from ranktuner_jax.losses import chunk
+from ranktuner_jax.losses.inputs import Operands
+from ranktuner_jax.losses.projection import Projection
 
 SHAPES = ("2048,576,49152", "1024,1024,151936")
 
@@ -26,33 +28,31 @@ SHAPES = ("2048,576,49152", "1024,1024,151936")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `ranktuner bench loss`."""
     parser.description = (
-        "Times value and both gradients of the losses against bare matrix products, in "
-        "float32, and prints XLA's temporary memory. All rows of a table are interleaved "
-        "in one run: compare rows, not runs. torch rows need the extra `parity`."
+        "Measure the losses: the time of value and both gradients in float32, compared with the\n"
+        "matrix products alone, and XLA's temporary memory. The repeats of all rows are\n"
+        "interleaved: compare rows of a table, not runs. torch rows need the extra `parity`."
     )
     parser.add_argument(
         "--shape",
         action="append",
         metavar="N,D,V",
-        help=f"tokens, width, vocabulary; may be repeated (default: {' and '.join(SHAPES)})",
+        help=f"tokens, hidden size, vocabulary size; repeatable [{' and '.join(SHAPES)}]",
     )
     parser.add_argument(
         "--supervised",
         type=float,
         nargs="+",
         default=[1.0, 0.5],
-        metavar="SHARE",
-        help="shares of positions that are supervised (default: 1.0 0.5)",
+        metavar="FRACTION",
+        help="fractions of positions that are supervised [1.0 0.5]",
     )
-    parser.add_argument(
-        "--repeats", type=int, default=5, help="timed runs of each row (default: 5)"
-    )
-    parser.add_argument("--chunk-size", type=int, help="of the fused losses (default: by shape)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs per row [%(default)s]")
+    parser.add_argument("--chunk-size", type=int, help="tokens per chunk, fused losses [by shape]")
     parser.add_argument(
         "--compile-for",
         metavar="TOPOLOGY",
-        help="instead, compile for one chip of a TPU topology, e.g. v5e:2x2, in bfloat16, and "
-        "print XLA's own estimate of time and memory; no TPU is needed, but libtpu is",
+        help="instead of measuring, compile for one chip of a TPU topology such as v5e:2x2, in "
+        "bfloat16, and print XLA's estimates of time and memory; needs libtpu, but no TPU",
     )
 
 
@@ -81,7 +81,7 @@ def _parse_shape(text: str) -> tuple[int, int, int]:
 
 @dataclasses.dataclass
 class _Row:
-    """One case: how to run it for each share of supervised positions."""
+    """One loss: how to run it for each fraction of supervised positions."""
 
     name: str
     calls: dict[float, Callable[[], Any]]
@@ -97,7 +97,7 @@ def _measure(size: int, features: int, vocab: int, args: argparse.Namespace) -> 
     hidden = rng.standard_normal((size, features), np.float32)
     unembed = rng.standard_normal((vocab, features), np.float32) / np.float32(features**0.5)
     labels = rng.integers(0, vocab, size, np.int32)
-    # Spread evenly, as prompts and completions are.
+    # Supervised positions are spread evenly, like prompts and completions.
     masks = {
         share: np.floor(np.arange(1, size + 1) * share) > np.floor(np.arange(size) * share)
         for share in args.supervised
@@ -107,7 +107,7 @@ def _measure(size: int, features: int, vocab: int, args: argparse.Namespace) -> 
         for name, function in _jax_cases(args.chunk_size).items()
     ]
     rows += _torch_rows((hidden, unembed, labels), masks)
-    for row in rows:  # warm up: first runs allocate
+    for row in rows:  # Warm up: the first runs allocate memory.
         for call in row.calls.values():
             call()
     for _ in range(args.repeats):
@@ -135,7 +135,7 @@ def _jax_cases(chunk_size: int | None) -> dict[str, Callable[..., Any]]:
         return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
 
     def fused_nll(hidden: Any, unembed: Any, labels: Any, mask: Any) -> Any:
-        # Without the metrics XLA drops every statistic but the nll.
+        # Without the metrics, XLA removes all statistics but the NLL.
         return losses.fused_weighted_nll(
             hidden, unembed, labels, mask, weighting=losses.SFT(), chunk_size=chunk_size
         ).mean()
@@ -151,8 +151,8 @@ def _jax_cases(chunk_size: int | None) -> dict[str, Callable[..., Any]]:
         return output.mean(), output.metrics
 
     cases: dict[str, Callable[..., Any]] = {
-        "three matmuls, whole": _matmuls,
-        "three matmuls, in chunks": functools.partial(_matmuls_in_chunks, 512),
+        "three matmuls, unchunked": _matmuls,
+        "three matmuls, chunked": functools.partial(_matmuls_in_chunks, 512),
         "dense CE": graded(dense_nll),
         "fused CE": graded(fused_nll),
         "dense RankTuner": jax.value_and_grad(dense, argnums=(0, 1), has_aux=True),
@@ -172,7 +172,7 @@ def _jax_cases(chunk_size: int | None) -> dict[str, Callable[..., Any]]:
 
 
 def _matmuls(hidden: Any, unembed: Any, labels: Any, mask: Any) -> Any:
-    """The floor: the products that any loss and its two gradients contain."""
+    """The lower bound: the matrix products that any loss and its two gradients need."""
     logits = hidden @ unembed.T
     return logits @ unembed, logits.T @ hidden
 
@@ -212,7 +212,7 @@ def _jax_row(
 
 
 def _torch_rows(inputs: tuple[np.ndarray, ...], masks: dict[float, np.ndarray]) -> list[_Row]:
-    """The paper's formula in eager torch, filtered after the projection and before it."""
+    """The paper's loss in eager torch, filtering positions after or before the projection."""
     try:
         import torch
     except ImportError:
@@ -242,7 +242,7 @@ def _torch_rows(inputs: tuple[np.ndarray, ...], masks: dict[float, np.ndarray]) 
 
 
 def torch_ranktuner(torch: Any, logits: Any, labels: Any, base: str = "prob") -> Any:
-    """The paper's loss, as its authors write it."""
+    """The paper's loss, as in its authors' code."""
     log_probs = torch.log_softmax(logits.float(), dim=-1)
     nll = -log_probs.gather(1, labels[:, None])[:, 0]
     with torch.no_grad():
@@ -285,8 +285,8 @@ def _compiled_table(
         inputs = compiler.inputs(size, features, vocab)
         base_seconds, base_bytes = compiler.cost(_dense_nll_of_bfloat16, *inputs)
         seconds, memory = compiler.cost(cases["fused RankTuner"], *inputs)
-        # XLA counts the body of a loop once. The main loop runs as often as its chunks
-        # fill the batch, the loop over the remainder not at all.
+        # XLA counts the body of each loop once. The main loop runs once per chunk, the loop over
+        # the remainder not at all.
         main = chunk_size or losses.default_chunk_size(size, features, vocab)
         body = compiler.chunk_seconds(main, features, vocab)
         seconds += (size / main - 1) * body - compiler.chunk_seconds(main // 4, features, vocab)
@@ -317,7 +317,7 @@ def _dense_nll_of_bfloat16(hidden: Any, unembed: Any, labels: Any, mask: Any) ->
 
 @dataclasses.dataclass(frozen=True)
 class _Compiler:
-    """Compiles for a device that is not here."""
+    """Compiles for a device that may not be attached."""
 
     sharding: jax.sharding.Sharding
 
@@ -339,15 +339,16 @@ class _Compiler:
         return costs["optimal_seconds"], memory.temp_size_in_bytes
 
     def chunk_seconds(self, size: int, features: int, vocab: int) -> float:
-        """One chunk of the fused RankTuner: the body of its loop."""
-        projection = chunk.Projection(vocab, vocab)
+        """Estimated seconds of one chunk of the fused RankTuner: the body of its loop."""
+        projection = Projection(vocab, vocab)
 
         def body(hidden: Any, unembed: Any, labels: Any, scratch: Any, d_unembed: Any) -> Any:
-            logits = chunk.chunk_logits(hidden, unembed, None, projection, scratch)
+            operands = Operands(hidden, unembed, None)
+            logits = chunk.chunk_logits(operands, projection, scratch)
             stats, softmax = chunk.chunk_stats(logits, labels, projection, ())
             weights = losses.RankTuner()(stats)
             gradients = chunk.chunk_gradients(
-                logits, softmax, weights, labels, hidden, unembed, projection, d_unembed, None
+                logits, softmax, weights, labels, operands, projection, d_unembed, None
             )
             return stats, gradients, logits
 
@@ -367,10 +368,10 @@ def _table(title: str, rows: list[_Row], shares: list[float]) -> Any:
     table.add_column("value and both gradients")
     for share in shares:
         table.add_column(f"{share:.0%} supervised", justify="right")
-        table.add_column("÷ floor", justify="right")
+        table.add_column("÷ matmuls", justify="right")
     table.add_column("temp memory", justify="right")
-    # The floor computes every position whatever the mask: all of its runs count.
-    floor = min(
+    # The matmuls compute every position, whatever the mask: all of their runs count.
+    matmuls = min(
         statistics.median([s for share in shares for s in row.seconds[share]])
         for row in rows
         if row.name.startswith("three matmuls")
@@ -378,7 +379,7 @@ def _table(title: str, rows: list[_Row], shares: list[float]) -> Any:
     for row in rows:
         cells = [row.name]
         for share in shares:
-            cells += [f"{row.median(share):.3f} s", f"{row.median(share) / floor:.2f}"]
+            cells += [f"{row.median(share):.3f} s", f"{row.median(share) / matmuls:.2f}"]
         memory = "" if row.temp_bytes is None else f"{row.temp_bytes / 1e6:.0f} MB"
         table.add_row(*cells, memory)
     return table

@@ -6,11 +6,8 @@ All return a `LossOutput` and take any `Weighting`, by default `RankTuner()`.
 """
 
 from ranktuner_jax.losses.dense import weighted_nll
-from ranktuner_jax.losses.fused import default_chunk_size, fused_token_stats, fused_weighted_nll
-from ranktuner_jax.losses.sharded import sharded_weighted_nll
-from ranktuner_jax.losses.stats import TokenStats, token_stats
-from ranktuner_jax.losses.sums import HISTOGRAM_EDGES, LossOutput, summarize
-from ranktuner_jax.losses.weights import (
+from ranktuner_jax.losses.fused import fused_token_stats, fused_weighted_nll
+from ranktuner_jax.losses.methods import (
     DEFT,
     DFT,
     EAFT,
@@ -20,10 +17,13 @@ from ranktuner_jax.losses.weights import (
     WEIGHTINGS,
     Entropy,
     ProFit,
-    RankTuner,
-    Weighting,
-    relative_rank,
 )
+from ranktuner_jax.losses.plan import default_chunk_size
+from ranktuner_jax.losses.ranktuner import RankTuner, relative_rank
+from ranktuner_jax.losses.sharded import sharded_weighted_nll
+from ranktuner_jax.losses.stats import TokenStats, token_stats
+from ranktuner_jax.losses.sums import HISTOGRAM_EDGES, LossOutput, summarize
+from ranktuner_jax.losses.weighting import Weighting
 
 __all__ = [
     "DEFT",

@@ -1,4 +1,4 @@
-"""weighted_nll: the loss on whole logits, the definition of every faster variant."""
+"""The loss from logits: the definition of every faster variant."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 
-from ranktuner_jax.losses.options import check_options, resolve_mask
-from ranktuner_jax.losses.stats import check_inputs, token_stats
+from ranktuner_jax.losses.inputs import TokenInputs, check_vocab_size
+from ranktuner_jax.losses.ranktuner import RankTuner
+from ranktuner_jax.losses.stats import token_stats
 from ranktuner_jax.losses.sums import LossOutput, weighted_sums
-from ranktuner_jax.losses.weights import RankTuner, Weighting
+from ranktuner_jax.losses.weighting import Weighting
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
@@ -31,25 +32,25 @@ def weighted_nll(
 ) -> LossOutput:
     """Weighted negative log-likelihood from logits: Σ w · nll over supervised tokens.
 
-    Use this where logits are at hand; `fused_weighted_nll` gives the same numbers
-    without ever holding them.
+    Use this if you have the logits; `fused_weighted_nll` gives the same numbers
+    without ever holding all of them.
 
     Args:
       logits: Unnormalised log-probabilities (nats), any float dtype; statistics,
         weights and sums are float32 (float64 for float64 logits).
-      labels: Target ids, already shifted. At unsupervised positions any integer
-        will do; a supervised label outside the vocabulary gives NaN.
-      mask: True where a position is supervised; None is everywhere. Logits at
-        unsupervised positions are not read, not even if they are NaN.
+      labels: Target ids, already shifted. Any integer is allowed at unsupervised
+        positions; a supervised label outside the vocabulary gives NaN.
+      mask: True where a position is supervised; None: everywhere. Logits at
+        unsupervised positions are not read, even if they are NaN.
       weighting: The method; its weights are constants to the gradient.
       token_weights: Static factor of each token's weight, constant to the gradient.
       sequence_ids: Which conversation a token belongs to, for methods that take a
-        statistic over sequences (TALR); None: each row of the last axis.
+        statistic over sequences (TALR); None: the last axis is one.
       vocab_size: The number of real vocabulary entries; columns beyond it are
-        padding and count for nothing. None: all of them.
+        padding and ignored. None: all of them.
       ramp: From 0 (plain nll) to 1 (the method); may be traced.
       axis_name: The pmap or shard_map axis (or axes) over which the batch is
-        spread, for methods that take a statistic of the whole batch.
+        split, for methods that take a statistic of the whole batch.
 
     Returns:
       LossOutput. `output.mean()` is the loss; where nothing is supervised it is 0,
@@ -72,9 +73,8 @@ def weighted_nll(
     References:
       Yu et al., Probability-Entropy Calibration, arXiv:2602.01745, 2026.
     """
-    check_inputs("logits", logits, labels)
-    mask = resolve_mask(mask, labels)
-    check_options(labels, token_weights, sequence_ids, vocab_size, logits.shape[-1])
+    mask = TokenInputs.of("logits", logits, labels, mask, token_weights, sequence_ids).mask
+    check_vocab_size(vocab_size, logits.shape[-1])
     # Replaced before any arithmetic: a NaN that is only masked afterwards still
     # poisons the gradient (0 · NaN).
     stats = token_stats(

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from ranktuner_jax.losses.fused import local_weighted_nll
+from ranktuner_jax.losses.inputs import Operands, TokenInputs
+from ranktuner_jax.losses.plan import FusedOptions
+from ranktuner_jax.losses.ranktuner import RankTuner
 from ranktuner_jax.losses.sums import LossOutput
 from ranktuner_jax.losses.varying import mark_varying
-from ranktuner_jax.losses.weights import RankTuner, Weighting
+from ranktuner_jax.losses.weighting import Weighting
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+    from jaxtyping import Array, Bool, Float, Int
 
 __all__ = ["sharded_weighted_nll"]
 
@@ -33,24 +36,24 @@ def sharded_weighted_nll(
 ) -> Callable[..., LossOutput]:
     """A `fused_weighted_nll` over a mesh, whose sums are those of the global batch.
 
-    Each device computes its own supervised tokens. Over `batch_axes` only the sums
-    travel, and the gradient of the unembedding. With a `vocab_axis` each device
-    projects onto its rows of the vocabulary: the maximum, the sums behind
-    normaliser, entropy and rank, and the label's logit travel, which is tokens × a
-    constant, whatever V is. Axes of the mesh that are named in `unembed_spec` but are
+    Each device computes its own supervised tokens. Over `batch_axes` only the sums and
+    the gradient of the unembedding are communicated. With a `vocab_axis` each device
+    projects onto its rows of the vocabulary and communicates the maximum, the label's
+    logit and the sums behind normaliser, entropy and rank: tokens × a constant,
+    whatever V is. Axes of the mesh that are named in `unembed_spec` but are
     not the `vocab_axis` (FSDP) are gathered before the loop, and their gradient is
     scattered back after it.
 
-    The result may be differentiated from outside (`jax.grad` of the `total` or the
+    The result can be differentiated from outside (`jax.grad` of the `total` or the
     `mean()`): gradients come out summed over devices, in the sharding of the inputs.
 
     Args:
       mesh: The device mesh.
       batch_axes: Mesh axis or axes over which the leading axis of hidden, labels and
         mask is split.
-      vocab_axis: Mesh axis over which the rows of `unembed` are split; None: whole.
-      unembed_spec: How `unembed` [V, D] lies on the mesh. None: its rows over
-        `vocab_axis` and nothing else.
+      vocab_axis: Mesh axis over which the rows of `unembed` are split; None: not split.
+      unembed_spec: How `unembed` [V, D] is sharded over the mesh. None: its rows over
+        `vocab_axis` only.
       weighting: The method.
       chunk_size: As in `fused_weighted_nll`, tokens of one device.
       logit_cap: As in `fused_weighted_nll`.
@@ -59,12 +62,12 @@ def sharded_weighted_nll(
 
     Returns:
       `f(hidden, unembed, labels, mask=None, *, token_weights=None, sequence_ids=None,
-      ramp=1.0) -> LossOutput` on global arrays, to be called under `jit`. Ids of
-      `sequence_ids` need to differ within a device only.
+      ramp=1.0) -> LossOutput` on global arrays, to be called under `jit`. Sequences
+      of different devices may have the same id.
 
     Raises:
-      ValueError: If an axis is not in the mesh, or `unembed_spec` splits the rows
-        otherwise than over `vocab_axis` first.
+      ValueError: If an axis is not in the mesh, `unembed_spec` does not split the
+        rows over `vocab_axis` first, or the chunk size or cap is not positive.
 
     Example:
       >>> import jax.numpy as jnp
@@ -79,62 +82,49 @@ def sharded_weighted_nll(
     if unembed_spec is None:
         unembed_spec = PartitionSpec(vocab_axis)
     _check_axes(mesh, batch_axes, vocab_axis, unembed_spec)
-    # An axis of one device splits nothing, yet its collectives would copy what they are given.
+    # Collectives over an axis of one device would still copy their inputs.
     split = {axis for axis in mesh.axis_names if mesh.shape[axis] > 1}
     batch_axes = tuple(axis for axis in batch_axes if axis in split)
     vocab_axis = vocab_axis if vocab_axis in split else None
     unembed_spec = PartitionSpec(
         *(tuple(axis for axis in _names(entry) if axis in split) for entry in unembed_spec)
     )
-    tokens = PartitionSpec(batch_axes)
+    per_token = PartitionSpec(batch_axes)
+    options = FusedOptions(
+        weighting, chunk_size, logit_cap, vocab_size, batch_axes or None, vocab_axis
+    )
+
+    def local(
+        hidden: Float[Array, "b ... D"],
+        unembed: Float[Array, "v d"],
+        ramp: float | Float[Array, ""],
+        tokens: TokenInputs,
+    ) -> LossOutput:
+        # Marked before the gather, its gradient is scattered before it is summed over
+        # the remaining batch axes: the sum then moves one shard, not the whole.
+        unembed = mark_varying(unembed, batch_axes)
+        operands = Operands.of(hidden, _gather_rows(unembed, unembed_spec, vocab_axis), None)
+        return local_weighted_nll(options, operands, tokens, ramp).psum(batch_axes)
+
+    mapped = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(per_token, unembed_spec, PartitionSpec(), per_token),
+        out_specs=PartitionSpec(),
+    )
 
     def loss(
         hidden: Float[Array, "B ... D"],
         unembed: Float[Array, "V D"],
-        labels: Array,
-        mask: Array | None = None,
+        labels: Int[Array, "B ..."],
+        mask: Bool[Array, "B ..."] | None = None,
         *,
-        token_weights: Array | None = None,
-        sequence_ids: Array | None = None,
+        token_weights: Float[Array, "B ..."] | None = None,
+        sequence_ids: Int[Array, "B ..."] | None = None,
         ramp: float | Float[Array, ""] = 1.0,
     ) -> LossOutput:
-        def local(
-            hidden: Array,
-            unembed: Array,
-            ramp: float | Array,
-            per_token: dict[str, Any],
-        ) -> LossOutput:
-            # Marked before the gather, its gradient is scattered before it is summed over
-            # the remaining batch axes: the sum then moves one shard, not the whole.
-            unembed = mark_varying(unembed, batch_axes)
-            output = local_weighted_nll(
-                hidden,
-                _gather_rows(unembed, unembed_spec, vocab_axis),
-                weighting=weighting,
-                chunk_size=chunk_size,
-                logit_cap=logit_cap,
-                bias=None,
-                vocab_size=vocab_size,
-                ramp=ramp,
-                axis_name=batch_axes or None,
-                vocab_axis=vocab_axis,
-                **per_token,
-            )
-            return output.psum(batch_axes)
-
-        per_token = {
-            "labels": labels,
-            "mask": mask,
-            "token_weights": token_weights,
-            "sequence_ids": sequence_ids,
-        }
-        mapped = jax.shard_map(
-            local,
-            mesh=mesh,
-            in_specs=(tokens, unembed_spec, PartitionSpec(), tokens),
-            out_specs=PartitionSpec(),
-        )
-        return mapped(hidden, unembed, ramp, per_token)
+        tokens = TokenInputs.of("hidden", hidden, labels, mask, token_weights, sequence_ids)
+        return mapped(hidden, unembed, ramp, tokens)
 
     return loss
 

@@ -1,4 +1,4 @@
-"""TokenStats: everything about a token's prediction that a weighting may look at."""
+"""TokenStats: the statistics of each prediction that weightings read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OPTIONAL_FIELDS", "TOP_K", "TokenStats", "token_stats"]
 
-# Statistics gathered only for weightings that read them.
+# Statistics computed only for weightings that read them.
 OPTIONAL_FIELDS = frozenset({"expected_rank", "topk_entropy", "collision"})
 
 # EAFT (arXiv:2601.02151) takes its entropy over the 20 largest logits.
@@ -66,7 +66,7 @@ def token_stats(
     """Statistics of each label under the model's own distribution.
 
     This is the definition that every faster variant is tested against. It sorts
-    the vocabulary when `expected_rank` is asked for.
+    the vocabulary if `expected_rank` is requested.
 
     Args:
       logits: Unnormalised log-probabilities (nats), any float dtype; −inf removes
@@ -127,7 +127,7 @@ def token_stats(
 
 
 def entropy(logits: Float[Array, "... V"]) -> Float[Array, "..."]:
-    """Entropy in nats of softmax(logits), where −inf logits count for nothing."""
+    """Entropy in nats of softmax(logits), where −inf logits are ignored."""
     log_probs = jax.nn.log_softmax(logits)
     # p·log p → 0 as p → 0, but 0·(−inf) is NaN in floating point; a NaN stays one.
     impossible = jnp.isneginf(log_probs)
@@ -135,7 +135,7 @@ def entropy(logits: Float[Array, "... V"]) -> Float[Array, "..."]:
 
 
 def label_in_range(labels: Int[Array, "..."], vocab_size: int) -> Bool[Array, "..."]:
-    """True where a label names a vocabulary entry."""
+    """True where a label is a vocabulary entry."""
     return (labels >= 0) & (labels < vocab_size)
 
 
@@ -144,7 +144,7 @@ def check_fields(fields: Collection[str]) -> None:
     if unknown := set(fields) - OPTIONAL_FIELDS:
         raise ValueError(
             f"fields must be among {sorted(OPTIONAL_FIELDS)}: got {sorted(unknown)}. "
-            "nll, rank, entropy and max_prob always come along."
+            "nll, rank, entropy and max_prob are always included."
         )
 
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Literal
 import jax
 import jax.numpy as jnp
 
+from ranktuner_jax.losses.ranktuner import relative_rank
 from ranktuner_jax.losses.stats import TokenStats
-from ranktuner_jax.losses.weights import Weighting, relative_rank
+from ranktuner_jax.losses.weighting import Weighting
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["HISTOGRAM_EDGES", "LossOutput", "summarize", "weighted_sums"]
 
 # 64 bins of weights, 8 a decade from 1e-5 to 1e3; the first and the last also
-# take what lies outside.
+# count the weights outside.
 _BINS = 64
 _BINS_PER_DECADE = 8
 _LOWEST_DECADE = -5
@@ -48,8 +49,8 @@ class LossOutput:
       metrics: Sums of `nll` (nats), `correct` (rank 1), `rank`, `entropy` (nats),
         `weight`, `weight_sq`, `clipped` (tokens at the clip), `weight_histogram`
         (64 bins, see `HISTOGRAM_EDGES`), and the tokens in the Noise Region,
-        |I − 1| < 0.05 with R > 1: `noise_region` where the weighting gathers the
-        expected rank, `noise_region_bound` where s(H) stands in for it.
+        |I − 1| < 0.05 with R > 1: `noise_region` if the weighting reads the
+        expected rank, `noise_region_bound` if s(H) is used in its place.
 
     Example:
       >>> import jax.numpy as jnp
@@ -103,7 +104,7 @@ def weighted_sums(
     Args:
       stats: Statistics of all positions.
       mask: True where a position is supervised; elsewhere the statistics are not read.
-      weighting: The method that gave the weights.
+      weighting: The method that the weights come from.
       weights: The factor of each token's nll, already constant to the gradient.
     """
 
@@ -144,7 +145,7 @@ def summarize(output: LossOutput) -> dict[str, Float[Array, ""]]:
     """Means, shares and quantiles for logging, from sums.
 
     Args:
-      output: Sums over all tokens that the figures should speak of.
+      output: Sums over all tokens to summarise.
 
     Returns:
       Scalars by name: `loss`, `nll` and `entropy` (nats), `perplexity`, `accuracy`,

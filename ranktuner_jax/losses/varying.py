@@ -1,4 +1,4 @@
-"""Over which shard_map axes a value varies: what `check_vma=True` keeps account of."""
+"""The shard_map axes over which a value varies, as `check_vma=True` tracks them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _T = TypeVar("_T")
 def varying_axes(tree: Any) -> frozenset[str]:
     """The mesh axes over which any leaf varies; empty outside shard_map.
 
-    With `check_vma=False`, and in pmap, JAX keeps no account and this is empty too.
+    With `check_vma=False`, and in pmap, JAX does not track them and this is empty too.
     """
     axes = [jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(tree)]
     return frozenset[str]().union(*axes)
@@ -23,8 +23,8 @@ def varying_axes(tree: Any) -> frozenset[str]:
 def mark_varying(tree: _T, axes: Collection[str]) -> _T:
     """The same values, typed as varying over `axes` too.
 
-    Loop carries need it where zeros meet local values. The transpose of the mark is
-    the sum over `axes` of the gradient of what was replicated.
+    Loop carries need it where zeros are combined with local values. Its transpose sums
+    the gradient of replicated values over `axes`.
     """
 
     def mark(leaf: Any) -> Any:

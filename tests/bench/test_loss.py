@@ -1,27 +1,31 @@
-"""The benchmark of the losses runs, and says what it was not given."""
+"""The benchmark of the losses runs, and refuses wrong flags."""
 
 import re
+
+import pytest
 
 from ranktuner_jax import cli
 
 
-def test_every_loss_has_a_row_with_its_ratio_to_the_floor(capsys, monkeypatch):
+def test_every_loss_has_a_row_with_its_ratio_to_the_floor(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "150")
     code = cli.main(["bench", "loss", "--shape", "64,8,300", "--repeats", "2"])
     out = capsys.readouterr().out
     assert code == 0
-    for name in ("three matmuls, whole", "dense CE", "fused CE", "optax CE"):
+    for name in ("three matmuls, unchunked", "dense CE", "fused CE", "optax CE"):
         assert name in out
     row = next(line for line in out.splitlines() if "fused RankTuner, exact" in line)
     assert len(re.findall(r"\d+\.\d+ s", row)) == 2, row  # every and half of the positions
     assert "MB" in row
 
 
-def test_a_shape_that_is_none_is_the_users_mistake(capsys):
+def test_an_invalid_shape_is_a_user_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "loss", "--shape", "64,8"]) == 2
     assert "--shape: expected N,D,V" in capsys.readouterr().err
 
 
-def test_a_topology_that_is_none_is_the_users_mistake(capsys):
+def test_an_unknown_topology_is_a_user_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "loss", "--compile-for", "abacus:1x1"]) == 2
     assert "--compile-for" in capsys.readouterr().err

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 
 from ranktuner_jax import losses
 from tests import oracles
-from tests.tolerances import F32, LOSS_GRADIENT
+from tests.tolerances import F32, LOSS_GRADIENT, Tolerance
+
+# Of NumPy or JAX: the losses take either.
+Array: TypeAlias = Any
+# The name of a method, and its arguments.
+Method: TypeAlias = tuple[str, dict[str, Any]]
+Params: TypeAlias = dict[str, Array]
+Loss: TypeAlias = Callable[..., losses.LossOutput]
+# A LossOutput, and the gradients of its total.
+Result: TypeAlias = tuple[losses.LossOutput, Any]
 
 # Every method and option: the name, and the arguments that differ from the defaults.
-METHODS: list[tuple[str, dict[str, Any]]] = [
+METHODS: list[Method] = [
     ("ranktuner", {}),
     ("ranktuner", {"clip": 1.2}),
     ("ranktuner", {"base": "one"}),
@@ -36,37 +46,37 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("entropy", {}),
 ]
 # One of each class, and RankTuner on both scales.
-CLASSES = [
+CLASSES: list[Method] = [
     ("ranktuner", {}),
     ("ranktuner", {"base": "one", "scale": "exact", "clip": 1.1}),
     *((name, {}) for name in ("sft", "dft", "eaft", "talr", "profit", "deft", "idft", "entropy")),
 ]
 
 
-def method_id(method: tuple[str, dict[str, Any]]) -> str:
+def method_id(method: Method) -> str:
     name, options = method
     return "-".join([name, *(f"{key}={value}" for key, value in options.items())])
 
 
-def make_weighting(method: tuple[str, dict[str, Any]]) -> losses.Weighting:
+def make_weighting(method: Method) -> losses.Weighting:
     name, options = method
     return losses.WEIGHTINGS[name](**options)
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    hidden: np.ndarray
-    unembed: np.ndarray
-    labels: np.ndarray
-    mask: np.ndarray
+    hidden: Array
+    unembed: Array
+    labels: Array
+    mask: Array
 
     @property
-    def logits(self) -> np.ndarray:
+    def logits(self) -> Array:
         """Exact in float32, in whatever order they are summed: the entries lie on a grid."""
         return self.hidden.astype(np.float32) @ self.unembed.astype(np.float32).T
 
     @property
-    def inputs(self) -> tuple[np.ndarray, ...]:
+    def inputs(self) -> tuple[Array, ...]:
         return self.hidden, self.unembed, self.labels, self.mask
 
 
@@ -74,7 +84,7 @@ def make_problem(*shape: int, features: int = 16, vocab: int = 53, seed: int = 0
     """Logits of an untrained to a confident model, labels of all ranks, half supervised.
 
     The unembedding is N(0, 1/D): nll starts near log V. Entries are multiples of 1/8 and
-    1/32, which makes logits exact in float32 and the factors exact in bfloat16: two right
+    1/32, which makes logits exact in float32 and the factors exact in bfloat16: two correct
     programs agree on every rank, ties included.
     """
     rng = np.random.default_rng(seed)
@@ -85,8 +95,8 @@ def make_problem(*shape: int, features: int = 16, vocab: int = 53, seed: int = 0
     unembed = np.round(unembed * 32) / 32
     unembed[vocab // 2] = unembed[1]  # tied for every token
     order = np.argsort(-(hidden @ unembed.T), axis=-1)
-    place = np.minimum(rng.geometric(0.5, size=(*shape, 1)) - 1, vocab - 1)
-    labels = np.take_along_axis(order, place, axis=-1)[..., 0]
+    rank = np.minimum(rng.geometric(0.5, size=(*shape, 1)) - 1, vocab - 1)
+    labels = np.take_along_axis(order, rank, axis=-1)[..., 0]
     labels = np.where(rng.random(shape) < 0.3, rng.integers(0, vocab, shape), labels)
     mask = rng.random(shape) < 0.6
     mask.flat[0] = True
@@ -96,19 +106,19 @@ def make_problem(*shape: int, features: int = 16, vocab: int = 53, seed: int = 0
         labels.astype(np.int32),
         mask,
     )
-    _check_away_from_seams(problem)
+    _check_away_from_two_bits(problem)
     return problem
 
 
-def _check_away_from_seams(problem: Problem) -> None:
-    """Near two bits two right programs may take different branches: tested on purpose."""
+def _check_away_from_two_bits(problem: Problem) -> None:
+    """Near two bits correct programs may take different branches; other tests cover that."""
     logits = problem.logits[problem.mask].astype(np.float64)
     bits = np.array([oracles.shannon(oracles.softmax(z)) for z in logits]) / np.log(2)
     assert np.abs(bits - 2).min() > 1e-3, "choose another seed"
 
 
 def oracle(
-    problem: Problem, method: tuple[str, dict[str, Any]] = ("ranktuner", {}), **options: Any
+    problem: Problem, method: Method = ("ranktuner", {}), **options: Any
 ) -> tuple[oracles.Loss, np.ndarray, np.ndarray]:
     """The oracle's sums and its gradients by hidden and unembed."""
     loss = oracles.weighted_nll(problem.logits, problem.labels, problem.mask, *method, **options)
@@ -119,10 +129,20 @@ def oracle(
     return loss, d_hidden, d_unembed
 
 
+def compiled(function: Callable[..., Any], *arguments: Any) -> tuple[str, int]:
+    """The program that XLA makes of a function, as text, and the bytes of its temporaries."""
+    program = jax.jit(function).lower(*arguments).compile()
+    text, memory = program.as_text(), program.memory_analysis()
+    assert text is not None
+    assert memory is not None
+    return text, memory.temp_size_in_bytes
+
+
 def assert_same_sums(
-    actual: losses.LossOutput, expected: losses.LossOutput | oracles.Loss, **tolerance: float
+    actual: losses.LossOutput,
+    expected: losses.LossOutput | oracles.Loss,
+    tolerance: Tolerance = F32,
 ) -> None:
-    tolerance = tolerance or F32
     np.testing.assert_allclose(actual.total, expected.total, **tolerance, err_msg="total")
     np.testing.assert_array_equal(actual.denom, expected.denom)
     assert set(actual.metrics) == set(expected.metrics)
@@ -143,7 +163,7 @@ def _assert_histogram_of(histogram: np.ndarray, weights: np.ndarray) -> None:
     assert np.all(histogram.cumsum() <= low)
 
 
-def assert_same_gradients(actual: Any, expected: Any, **tolerance: float) -> None:
+def assert_same_gradients(actual: Any, expected: Any, tolerance: Tolerance = LOSS_GRADIENT) -> None:
     """Each array relative to its largest entry: small entries are sums that cancel."""
     actual, expected = jax.tree.leaves(actual), jax.tree.leaves(expected)
     assert len(actual) == len(expected)
@@ -151,6 +171,4 @@ def assert_same_gradients(actual: Any, expected: Any, **tolerance: float) -> Non
         a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
         largest = np.max(np.abs(e), initial=0.0)
         assert largest > 0, "a gradient of zero compares with nothing"
-        np.testing.assert_allclose(
-            a / largest, e / largest, **(tolerance or LOSS_GRADIENT), equal_nan=False
-        )
+        np.testing.assert_allclose(a / largest, e / largest, **tolerance, equal_nan=False)

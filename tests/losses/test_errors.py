@@ -1,10 +1,13 @@
 """Every argument that does not fit is refused, by name."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax.numpy as jnp
 import pytest
 
 from ranktuner_jax import losses
-from ranktuner_jax.losses.weights import Weighting
+from ranktuner_jax.losses.weighting import Weighting
 
 HIDDEN, UNEMBED = jnp.zeros((2, 3, 4)), jnp.zeros((5, 4))
 LOGITS = jnp.zeros((2, 3, 5))
@@ -27,7 +30,9 @@ OTHER = jnp.zeros((3, 2))
         (ValueError, "vocab_size must be between 1", {"vocab_size": 0}),
     ],
 )
-def test_both_losses_refuse(fused, error, message, change):
+def test_both_losses_refuse(
+    fused: bool, error: type[Exception], message: str, change: dict[str, Any]
+) -> None:
     change = dict(change)
     first = (HIDDEN if fused else LOGITS).astype(jnp.int32 if change.pop("first", 0) else float)
     labels = change.pop("labels", LABELS)
@@ -50,12 +55,12 @@ def test_both_losses_refuse(fused, error, message, change):
     ],
 )
 @pytest.mark.parametrize("function", [losses.fused_weighted_nll, losses.fused_token_stats])
-def test_fused_refuses(function, message, change):
+def test_fused_refuses(function: Callable[..., Any], message: str, change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=message):
         function(**{"hidden": HIDDEN, "unembed": UNEMBED, "labels": LABELS, **change})
 
 
-def test_unknown_statistics_are_refused():
+def test_unknown_statistics_are_refused() -> None:
     with pytest.raises(ValueError, match="fields must be among"):
         losses.token_stats(LOGITS, LABELS, ["perplexity"])
     with pytest.raises(ValueError, match="fields must be among"):
@@ -73,23 +78,26 @@ def test_unknown_statistics_are_refused():
         (losses.IDFT, {"beta": 0.0}, "beta must be positive"),
     ],
 )
-def test_options_of_methods_are_checked(method, options, message):
+def test_options_of_methods_are_checked(
+    method: type[losses.Weighting], options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         method(**options)
 
 
-def test_talr_without_its_statistic_says_so():
+def test_talr_without_its_statistic_says_so() -> None:
     with pytest.raises(ValueError, match="TALR needs a batch statistic"):
         losses.TALR()(losses.token_stats(LOGITS, LABELS))
 
 
-def test_a_method_implements_its_weights_and_its_statistic():
+def test_a_method_implements_its_weights_and_its_statistic() -> None:
     with pytest.raises(NotImplementedError):
         Weighting()(losses.token_stats(LOGITS, LABELS))
     with pytest.raises(NotImplementedError):
         Weighting().batch_statistic(jnp.zeros(1), jnp.ones(1, bool), None, None)
 
 
-def test_unknown_normalisation_is_refused():
+def test_unknown_normalisation_is_refused() -> None:
+    normalize: Any = "rows"
     with pytest.raises(ValueError, match="normalize must be 'tokens' or 'weights'"):
-        losses.weighted_nll(LOGITS, LABELS).mean(normalize="rows")
+        losses.weighted_nll(LOGITS, LABELS).mean(normalize=normalize)

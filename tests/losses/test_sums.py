@@ -10,11 +10,11 @@ from tests.tolerances import F32
 PROBLEM = make_problem(4, 50, seed=2)
 
 
-def half(rows):
+def half(rows: slice) -> losses.LossOutput:
     return losses.weighted_nll(PROBLEM.logits[rows], PROBLEM.labels[rows], PROBLEM.mask[rows])
 
 
-def test_merged_halves_are_the_whole():
+def test_merged_halves_are_the_whole() -> None:
     whole = half(slice(None))
     merged = half(slice(0, 1)).merge(half(slice(1, None)))
     assert_same_sums(merged, whole)
@@ -24,13 +24,13 @@ def test_merged_halves_are_the_whole():
     )
 
 
-def test_mean_keeps_a_nan_where_nothing_is_supervised():
+def test_mean_keeps_a_nan_where_nothing_is_supervised() -> None:
     output = losses.LossOutput(jnp.float32(np.nan), jnp.float32(0), {"weight": jnp.float32(0)})
     assert np.isnan(output.mean())
     assert np.isnan(output.mean(normalize="weights"))
 
 
-def test_summary_is_means_shares_and_quantiles():
+def test_summary_is_means_shares_and_quantiles() -> None:
     output = half(slice(None))
     summary = {name: float(value) for name, value in losses.summarize(output).items()}
     stats = losses.token_stats(PROBLEM.logits[PROBLEM.mask], PROBLEM.labels[PROBLEM.mask])
@@ -58,7 +58,7 @@ def test_summary_is_means_shares_and_quantiles():
         assert 1 / bin_width < ratio < bin_width
 
 
-def test_quantiles_of_one_weight_lie_in_its_bin():
+def test_quantiles_of_one_weight_lie_in_its_bin() -> None:
     for weight in (0.02, 1.05, 37.0):
         token_weights = jnp.full(PROBLEM.labels.shape, weight, jnp.float32)
         output = losses.weighted_nll(

@@ -1,20 +1,21 @@
-r"""The paper's own run: the first 10,000 rows of NuminaMath-CoT, one pass of 39 steps.
+r"""The paper's setup: one epoch of 39 steps on the first 10,000 rows of NuminaMath-CoT.
 
 Paper: Yu et al., Probability-Entropy Calibration (RankTuner), arXiv:2602.01745.
 Command: ranktuner train --config=numina_math --workdir=runs/numina
-Data: rows have `messages`; the system prompt asks for \boxed{}. One conversation a row, as in the
-paper, so that 256 rows are 256 conversations; --config.data.packing=true learns more in a step.
-Mathematics: the base weight is the label's probability. AdamW, 5e-5, cosine, warm-up 0.1, betas
-(0.9, 0.95), weight decay 0.01, clip 1.0. Expected: an independent reproduction with
-Qwen2.5-Math-7B reached 67.8 % on MATH-500 (mean of 16 samples); not run here yet. Its parameters
-and AdamW's state take 91 GB in float32. Needs `pip install 'ranktuner-jax[hub]'`.
+Data: rows have `messages`; the system prompt asks for \boxed{}. One conversation per row, as in
+the paper, so that a batch has 256 conversations; --config.data.packing=true fits more per step.
+Loss: the base weight is the label's probability, as in the paper for mathematics.
+Optimizer: AdamW, 5e-5, cosine, warmup 0.1, betas (0.9, 0.95), weight decay 0.01, clip 1.0.
+Expected: an independent reproduction with Qwen2.5-Math-7B reached 67.8 % on MATH-500 (mean of 16
+samples); this config has not been run yet. Parameters and AdamW state take 91 GB in float32.
+Needs `pip install 'ranktuner-jax[hub]'`.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """What differs from the defaults of `ranktuner_jax.train.TrainConfig`."""
+    """The keys that differ from the defaults of `ranktuner_jax.train.TrainConfig`."""
     return ConfigDict(
         {
             "model": "Qwen/Qwen2.5-Math-7B",

@@ -1,11 +1,11 @@
-"""SmolLM2-135M-Instruct learns to add: the default, small enough for two CPU cores.
+"""SmolLM2-135M-Instruct learns addition: the default config, small enough for two CPU cores.
 
 Paper: Yu et al., Probability-Entropy Calibration (RankTuner), arXiv:2602.01745.
 Command: ranktuner train --config=smollm2_chain_sum --workdir=runs/chain_sum
-Data: `chain_sum` of reasoning-gym (2 to 3 terms of 1 to 2 digits); held-out questions disjoint.
-Hardware: 2 CPU cores with AMX (bfloat16 compute); 5:10 minutes with installing, 3.9 GB at the peak.
-Result on questions that chose nothing: the second half of the held-out split, 256. Untuned: plain
-NLL 3.108, answers right 12.1 % (95 % interval 8.7 to 16.7).
+Data: `chain_sum` of reasoning-gym (2 to 3 terms of 1 to 2 digits); held-out questions are disjoint.
+Hardware: 2 CPU cores with AMX (bfloat16 compute); 5:10 minutes including installation, 3.9 GB peak.
+Results on the second half of the held-out split (256 questions), which was not used to choose
+settings. Before training: plain NLL 3.108, answers right 12.1 % (95 % interval 8.7 to 16.7).
 
     loss                    seed   NLL     answers right
     RankTuner, base one     0      0.919   24.6 % (19.7 to 30.2)
@@ -14,12 +14,11 @@ NLL 3.108, answers right 12.1 % (95 % interval 8.7 to 16.7).
     SFT                     0      0.859   28.5 % (23.3 to 34.3)
     RankTuner, base prob    0      4.482    4.7 % (2.7 to 8.0)
 
-On data as small as this, base one and SFT cannot be told apart. Base prob sharpens what the model
-is sure of already, and the plain NLL rises.
+On so little data, base one and SFT do not differ significantly. Base prob sharpens what the model
+is already confident of, and the plain NLL rises.
 
-How the settings were chosen: from the same start, seed 0, judged by the NLL of all held-out rows
-and by the answers to the first half of the questions (one run each; the first two cannot be told
-apart):
+Settings were chosen with seed 0 by the NLL of all held-out rows and the answers to the first half
+of the questions (one run each; the first two do not differ significantly):
 
     rows a step   learning rate   steps   NLL     answers right
     2             1e-4            150     0.851   35.5 %
@@ -34,7 +33,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """What differs from the defaults of `ranktuner_jax.train.TrainConfig`."""
+    """The keys that differ from the defaults of `ranktuner_jax.train.TrainConfig`."""
     return ConfigDict(
         {
             "model": "smollm2-135m",

@@ -1,9 +1,9 @@
-"""SmolLM2-135M-Instruct works through word problems step by step, for those with an hour.
+"""SmolLM2-135M-Instruct on word problems with step-by-step solutions; takes about an hour.
 
 Paper: Yu et al., Probability-Entropy Calibration (RankTuner), arXiv:2602.01745.
 Command: ranktuner train --config=smollm2_gsm_symbolic --workdir=runs/gsm_symbolic
 Data: `gsm_symbolic` of reasoning-gym; the templates of the held-out problems do not occur in
-training. They are believed to derive from GSM8K's test: report no GSM8K score afterwards.
+training. They probably derive from GSM8K's test split: do not report GSM8K scores afterwards.
 Hardware: 2 CPU cores.
 """
 
@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """What differs from the defaults of `ranktuner_jax.train.TrainConfig`."""
+    """The keys that differ from the defaults of `ranktuner_jax.train.TrainConfig`."""
     return ConfigDict(
         {
             "model": "smollm2-135m",

@@ -1,4 +1,4 @@
-"""RankTuner in a plain Flax Linen loop with a TrainState: two changed lines, marked so.
+"""RankTuner in a plain Flax Linen loop with a TrainState, with the two changed lines marked.
 
 python examples/linen_train_state.py
 """

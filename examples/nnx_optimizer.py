@@ -1,4 +1,4 @@
-"""RankTuner in a Flax NNX loop with `nnx.Optimizer`: two changed lines, marked so.
+"""RankTuner in a Flax NNX loop with `nnx.Optimizer`, with the two changed lines marked.
 
 python examples/nnx_optimizer.py
 """

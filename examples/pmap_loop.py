@@ -1,7 +1,7 @@
-"""RankTuner in a `pmap` loop: two changed lines, marked so.
+"""RankTuner in a `pmap` loop, with the two changed lines marked.
 
-Each device differentiates its own sum; gradients and sums are added over the devices,
-and divided once. (A mean a device would weigh tokens by how few its row has.)
+Each device differentiates its local sum; gradients and sums are added over the devices and divided
+once. (With a mean per device, tokens on devices with fewer supervised tokens would weigh more.)
 
 python examples/pmap_loop.py
 """
@@ -26,7 +26,7 @@ def init(key):
 
 
 def make_train_step(tx):
-    """One step on every device; state is replicated, the batch is not."""
+    """Builds a step on all devices; the state is replicated, the batch is not."""
 
     @functools.partial(jax.pmap, axis_name="batch")
     def train_step(params, opt_state, tokens, labels, mask):
@@ -47,12 +47,12 @@ def make_train_step(tx):
 
 
 def main(steps: int = 60) -> list[float]:
-    """Trains on a sentence a device; returns the loss of each step."""
+    """Trains on one sentence per device; returns the loss of each step."""
     devices = jax.local_device_count()
     text = np.frombuffer(b"rank and expected rank, side by side. " * 8, np.uint8)
     rows = np.stack([np.roll(text, i) for i in range(devices)])[:, None].astype(np.int32)
     tokens, labels = rows[..., :-1], rows[..., 1:]
-    # Devices have unequal numbers of supervised tokens.
+    # The number of supervised tokens differs between devices.
     starts = 10 * np.arange(1, devices + 1)[:, None, None]
     mask = np.broadcast_to(np.arange(tokens.shape[-1]) >= starts, tokens.shape)
     tx = optax.adam(1e-2)

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Fine-tunes SmolLM2-135M with RankTuner on this machine, from an empty one to a table of results.
+# Fine-tunes SmolLM2-135M with RankTuner on this machine, installing everything it needs first.
 #
-#   ./launch/local.sh                                        the embedded default
-#   ./launch/local.sh --config.optimizer.learning_rate=5e-5  with another setting
-#   ./launch/local.sh --config=my.py --workdir=runs/mine     another config, another place
-#   ./launch/local.sh --dry-run ...                          only prints the commands
+#   ./launch/local.sh                                        the default config
+#   ./launch/local.sh --config.optimizer.learning_rate=5e-5  changes a setting
+#   ./launch/local.sh --config=my.py --workdir=runs/mine     uses another config and workdir
+#   ./launch/local.sh --dry-run ...                          prints the commands only
 #
-# One process uses all that the machine has: its NVIDIA GPUs, the TPUs of a single host, or else
-# its CPU. Called again, it goes on where it was interrupted, or prints the results it has.
+# One process uses all devices of the machine: its NVIDIA GPUs, the TPUs of a single host, or else
+# its CPU. Run the same command again to resume an interrupted run, or to print its results.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/venv.sh
@@ -24,7 +24,7 @@ elif compgen -G '/dev/accel*' >/dev/null || [[ -e /dev/vfio/0 ]]; then
 fi
 install_into_venv "$extras"
 
-# A step takes gigabytes of fresh memory and gives them back: in large pages that costs less.
+# Each step allocates and frees gigabytes of memory, which is faster with huge pages.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES-glibc.malloc.hugetlb=1}
 run exec .venv/bin/ranktuner train \
   --config=smollm2_chain_sum --workdir=runs/smollm2_chain_sum "$@"

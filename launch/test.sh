@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Runs every check: format, lint, types, then all tests and the examples in docstrings.
+# Runs all checks: format, lint, types, tests and docstring examples.
 #
 #   ./launch/test.sh             arguments go to pytest: ./launch/test.sh -k losses
-#   ./launch/test.sh --parity    instead, what compares with PyTorch, installed into .venv-parity
+#   ./launch/test.sh --parity    the comparisons with PyTorch instead, in .venv-parity
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/venv.sh

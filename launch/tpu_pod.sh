@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU pod slice that may be taken away at any time: books it as a queued resource,
-# starts the run on all of its workers, and after a preemption books it again and goes on.
+# Trains on a Cloud TPU pod slice that may be preempted: requests it as a queued resource, starts
+# the run on all workers, and after a preemption requests it again and resumes the run.
 #
 #   export ZONE=us-west4-a TYPE=v5litepod-16 RUNTIME=v2-alpha-tpuv5-lite
 #   ./launch/tpu_pod.sh NAME --workdir=gs://BUCKET/runs/NAME [arguments of ranktuner train]
-#   ./launch/tpu_pod.sh --dry-run NAME ...   only prints the commands
+#   ./launch/tpu_pod.sh --dry-run NAME ...   prints the commands only
 #
-# NAME is the name of the slice. Leave this script running (tmux): it is what books the slice again.
-# SPOT=0 books a slice that is not preemptible. The project is gcloud's own setting.
-# When the run is finished the slice is deleted; after a mistake it is left, and paid for.
+# NAME is the name of the slice. Keep this script running (in tmux): it requests the slice again.
+# SPOT=0 requests an on-demand slice. The project is taken from gcloud's configuration.
+# The slice is deleted when the run is finished; after an error it is kept, and keeps costing money.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/venv.sh
@@ -22,8 +22,8 @@ if [[ $# -lt 2 || $1 == -* || " $* " != *" --workdir=gs://"* ]]; then
 fi
 name=$1
 shift
-: "${ZONE:?such as us-west4-a}" "${TYPE:?such as v5litepod-16}"
-: "${RUNTIME:?the software of that TPU, such as v2-alpha-tpuv5-lite}"
+: "${ZONE:?must be set, e.g. us-west4-a}" "${TYPE:?must be set, e.g. v5litepod-16}"
+: "${RUNTIME:?must be set to the TPU software version, e.g. v2-alpha-tpuv5-lite}"
 
 state() {
   if [[ -n ${DRY_RUN:-} ]]; then
@@ -38,7 +38,7 @@ delete() {
   run gcloud compute tpus queued-resources delete "$name" --zone="$ZONE" --force --quiet
 }
 
-book() {
+request() {
   local spot=()
   [[ ${SPOT:-1} == 0 ]] || spot=(--spot)
   run gcloud compute tpus queued-resources create "$name" --node-id="$name" --zone="$ZONE" \
@@ -49,7 +49,7 @@ wait_until_active() {
   local now
   while now=$(state) && [[ $now != ACTIVE ]]; do
     case $now in
-      ABSENT) book ;;
+      ABSENT) request ;;
       SUSPENDED | FAILED) delete ;;
     esac
     echo "$(date +%T) $name is $now; waiting"
@@ -69,7 +69,7 @@ train() {
     on_all_workers "$install" && on_all_workers "$start"
 }
 
-# What the workers do. A process that a lost connection left behind is told to save, and waited for.
+# Commands for the workers. A process left by a lost connection saves on SIGTERM; wait for it.
 install='set -e
 mkdir -p ranktuner && cd ranktuner && tar --extract --gzip --file=/tmp/ranktuner.tar.gz
 command -v python3.11 || { sudo apt-get update && sudo apt-get install -y python3.11-venv; }
@@ -79,7 +79,7 @@ exec .venv/bin/ranktuner train --distributed'
 start+=$(printf ' %q' "$@")
 
 if [[ -n ${DRY_RUN:-} ]]; then
-  book
+  request
 fi
 while true; do
   wait_until_active
@@ -88,15 +88,15 @@ while true; do
   train || status=$?
   case $status in
     0) break ;;
-    2) echo "tpu_pod.sh: a mistake in what was asked; nothing was trained" >&2 ;;
+    2) echo "tpu_pod.sh: user error, nothing was trained; see the message above" >&2 ;;
     75 | 255)
       sleep 30
       continue
       ;;
   esac
-  # One worker that went away ends the others too, each with an error of its own.
+  # A preempted worker makes the others fail, each with its own error.
   [[ $(state) == ACTIVE || $status == 2 ]] || continue
-  echo "tpu_pod.sh: exit code $status on a slice that is there. It is left as it is; to delete it:" >&2
+  echo "tpu_pod.sh: exit code $status, and the slice still exists. It is kept; to delete it:" >&2
   DRY_RUN=1 delete >&2
   exit "$status"
 done

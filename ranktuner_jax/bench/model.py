@@ -1,4 +1,4 @@
-"""Measure the decoder: a forward and backward pass beside transformers + torch, and loading.
+"""Measure the decoder: forward and backward pass, compared with transformers + torch, and loading.
 
 ranktuner bench model --batch_size=16 --length=64
 ranktuner bench model --loading=1000
@@ -39,9 +39,9 @@ class Measurement:
     """One forward and backward pass of the decoder, without the unembedding.
 
     Attributes:
-      name: Library, arithmetic and recomputation.
-      seconds: The fastest of the repeats.
-      temp_bytes: Memory that XLA needs beside parameters and gradients; None for torch.
+      name: Library, dtype and remat policy.
+      seconds: Time of the fastest repeat.
+      temp_bytes: Memory that XLA needs besides parameters and gradients; None for torch.
     """
 
     name: str
@@ -52,15 +52,14 @@ class Measurement:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `ranktuner bench model`."""
     flags.add_config(parser, default="smollm2_chain_sum", groups=("model",))
-    parser.add_argument("--model", help="a folder or a name; the config's by default")
-    parser.add_argument("--batch_size", type=int, default=16, help="rows [%(default)s]")
-    parser.add_argument("--length", type=int, default=64, help="tokens a row [%(default)s]")
-    parser.add_argument("--repeats", type=int, default=3, help="the fastest counts [%(default)s]")
+    parser.add_argument("--batch_size", type=int, default=16, help="rows per batch [%(default)s]")
+    parser.add_argument("--length", type=int, default=64, help="tokens per row [%(default)s]")
+    parser.add_argument("--repeats", type=int, default=3, help="runs; fastest counts [%(default)s]")
     parser.add_argument(
         "--loading",
         type=int,
         metavar="MB",
-        help="instead, measure the host memory that loading a random checkpoint of MB takes",
+        help="instead, measure the host memory needed to load a random checkpoint of MB megabytes",
     )
 
 
@@ -118,11 +117,11 @@ def _fastest(step: Callable[[], Any], repeats: int) -> float:
 
 
 def measure_loading(megabytes: int) -> tuple[float, float, float]:
-    """Anonymous host memory of `load_pretrained`, in MB, over all devices of this process.
+    """Measures the anonymous host memory of `load_pretrained`, in MB, over all local devices.
 
     Returns:
-      What the loaded model keeps, the peak while it was loaded, and what the peak may
-      exceed the former by: one shard of the largest stacked parameter and one tensor.
+      The memory of the loaded model, the peak during loading, and the most by which the peak
+      may exceed the model: one shard of the largest stacked parameter and one tensor.
     """
     layer = 512 * 512 * 4 + 512 * 2048 * 3
     config = models.DecoderConfig(
@@ -140,10 +139,10 @@ def measure_loading(megabytes: int) -> tuple[float, float, float]:
         devices = jax.devices()
         mesh = jax.make_mesh((len(devices),), ("fsdp",), axis_types=(AxisType.Auto,))
         jax.block_until_ready(jax.device_put(np.zeros(8), devices[-1]))
-        before = _anonymous()
-        with _peak() as peak:
+        before = _anonymous_bytes()
+        with _peak_bytes() as peak:
             model = models.load_pretrained(folder, mesh=mesh, param_dtype=jnp.bfloat16)
-        kept = _anonymous() - before
+        kept = _anonymous_bytes() - before
     shard = max(
         x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(nnx.state(model, nnx.Param))
     )
@@ -152,8 +151,8 @@ def measure_loading(megabytes: int) -> tuple[float, float, float]:
 
 
 def _write_random(config: models.DecoderConfig, file: pathlib.Path) -> None:
-    # By hand and a tensor at a time: what a writer had allocated and freed would hide
-    # what the reader allocates.
+    # By hand, one tensor at a time: the reader would reuse memory that a library had allocated and
+    # freed for writing, which would hide its own allocations.
     header: dict[str, dict[str, Any]] = {}
     offset = 0
     for name, (_, _, shape) in tensor_names(config).items():
@@ -168,18 +167,18 @@ def _write_random(config: models.DecoderConfig, file: pathlib.Path) -> None:
             out.write(rng.bytes(2 * math.prod(entry["shape"])))
 
 
-def _anonymous() -> int:
+def _anonymous_bytes() -> int:
     status = pathlib.Path("/proc/self/status").read_text()
     return 1024 * int(next(x for x in status.splitlines() if x.startswith("RssAnon")).split()[1])
 
 
 @contextlib.contextmanager
-def _peak() -> Iterator[list[int]]:
-    peak, done = [_anonymous()], threading.Event()
+def _peak_bytes() -> Iterator[list[int]]:
+    peak, done = [_anonymous_bytes()], threading.Event()
 
     def watch() -> None:
         while not done.wait(0.001):
-            peak[0] = max(peak[0], _anonymous())
+            peak[0] = max(peak[0], _anonymous_bytes())
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -191,31 +190,31 @@ def _peak() -> Iterator[list[int]]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the table, and returns the exit code."""
+    """Prints the measurements."""
     console = Console()
     if args.loading:
         kept, peak, bound = measure_loading(args.loading)
         console.print(
             f"{jax.device_count()} devices: kept {kept:.0f} MB, peak {peak:.0f} MB: "
-            f"{peak - kept:.0f} MB beside the model, of {bound:.0f} MB allowed"
+            f"{peak - kept:.0f} MB besides the model, of {bound:.0f} MB allowed"
         )
         return 0
-    model = args.model or flags.read_config(args).model
+    model = flags.read_config(args).model
     size = {"batch_size": args.batch_size, "length": args.length, "repeats": args.repeats}
-    rows = []
+    measurements = []
     if importlib.util.find_spec("torch") is None:
         console.print("torch is not installed (extra `parity`): no comparison")
     else:
-        rows.append(_measure_torch(model, **size))
+        measurements.append(_measure_torch(model, **size))
     for dtype in ("float32", "bfloat16"):
         for remat in models.REMAT_POLICIES:
-            rows.append(measure(model, **size, dtype=dtype, remat=remat))
+            measurements.append(measure(model, **size, dtype=dtype, remat=remat))
     table = Table(title=f"forward and backward, {args.batch_size} rows of {args.length} tokens")
     for column in ("", "s", "× first row", "temp GB"):
         table.add_column(column, justify="right" if column else "left")
-    for row in rows:
-        temp = "" if row.temp_bytes is None else f"{row.temp_bytes / 1e9:.2f}"
-        ratio = f"{row.seconds / rows[0].seconds:.2f}"
-        table.add_row(row.name, f"{row.seconds:.2f}", ratio, temp)
+    for each in measurements:
+        temp = "" if each.temp_bytes is None else f"{each.temp_bytes / 1e9:.2f}"
+        ratio = f"{each.seconds / measurements[0].seconds:.2f}"
+        table.add_row(each.name, f"{each.seconds:.2f}", ratio, temp)
     console.print(table)
     return 0

@@ -1,4 +1,4 @@
-"""Data sets that need no download: reasoning-gym's generators, run once and kept."""
+"""Data sets that need no download: generated once by reasoning-gym, then cached."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from ranktuner_jax.data import storage
 from ranktuner_jax.errors import UserError
+from ranktuner_jax.files import cache_dir
 
 __all__ = ["BUILTIN", "prepare_builtin"]
 
@@ -37,7 +38,7 @@ def _record(row: dict[str, Any], completion: str) -> dict[str, Any]:
 
 
 def _chain_sum() -> _Splits:
-    """Sums and differences of 2 or 3 numbers of 1 or 2 digits; no question is asked twice."""
+    """Sums and differences of 2 or 3 numbers of 1 or 2 digits; no question occurs twice."""
     rows = _generate("chain_sum", 6000, min_terms=2, max_terms=3, min_digits=1, max_digits=2)
     unique = {row["question"]: _record(row, row["answer"]) for row in rows}
     records = list(unique.values())
@@ -47,8 +48,8 @@ def _chain_sum() -> _Splits:
 def _gsm_symbolic() -> _Splits:
     """Word problems with a chain of thought; the test's templates never occur in training.
 
-    `source_index` in the metadata is only the number of the row. The template
-    is `task_indices`; a split over anything else tests on trained templates.
+    The template is `task_indices`; `source_index` in the metadata is only the row's number, and
+    a split by it would test on templates seen in training.
     """
     rows = _generate("gsm_symbolic", 5000)
     held_out = set(sorted(set(rows.task_indices))[::5])
@@ -67,7 +68,7 @@ BUILTIN: dict[str, Callable[[], _Splits]] = {
 
 
 def prepare_builtin(name: str) -> Path:
-    """The TFDS directory of a built-in data set; generated at the first call.
+    """The TFDS folder of a built-in data set, generated at the first call.
 
     Args:
       name: A key of `BUILTIN`.
@@ -82,7 +83,7 @@ def prepare_builtin(name: str) -> Path:
       >>> sorted(BUILTIN)
       ['chain_sum', 'gsm_symbolic']
     """
-    folder = storage.cache_dir() / "data" / f"{name}-1"
+    folder = cache_dir() / "data" / f"{name}-1"
     if not folder.is_dir():
         storage.write_dataset(folder, BUILTIN[name](), name=name)
     return folder

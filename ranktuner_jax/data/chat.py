@@ -1,4 +1,4 @@
-"""Conversations as tokens, with a mask of exactly what the assistant says."""
+"""Conversations as tokens, with a mask of the assistant's turns."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class TokenizedChat:
 
     Attributes:
       tokens: Token ids.
-      weights: The weight of each token where it is to be predicted (the
-        assistant's text and the token that ends its turn), 0 elsewhere.
+      weights: The loss weight of each supervised token (the assistant's text
+        and the token that ends its turn), 0 elsewhere.
     """
 
     tokens: Int32[np.ndarray, " length"]
@@ -43,7 +43,7 @@ class TokenizedChat:
     def split_last_turn(self) -> tuple[list[int], list[int]]:
         """The tokens before the last supervised turn, and the tokens of that turn.
 
-        The first is what a sampler is given, the second is one right answer.
+        The first is a sampler's prompt, the second the reference answer.
 
         Example:
           >>> TokenizedChat(np.array([5, 6, 7, 8]), np.array([0, 0, 1, 1])).split_last_turn()
@@ -55,7 +55,7 @@ class TokenizedChat:
 
 @dataclass(frozen=True, slots=True)
 class _Span:
-    """Characters [start, stop) that the assistant writes after reading everything before."""
+    """Characters [start, stop) of an assistant turn, generated from all text before it."""
 
     start: int
     stop: int
@@ -69,22 +69,22 @@ class _Rendering:
 
 
 class ChatEncoder:
-    """Renders conversations with a chat template and finds what is supervised.
+    """Renders conversations with a chat template and locates the assistant's turns.
 
-    A template with `{% generation %}` says itself what the assistant writes.
-    For others the conversation is rendered up to each assistant turn as it is
-    at inference, with the generation prompt, and again including the turn: what
-    the second adds to the first is the turn. Both must agree, character by
-    character and token by token, or the row is refused.
+    A template with `{% generation %}` marks the assistant's turns itself. With
+    others, the conversation is rendered up to each assistant turn, ending in the
+    generation prompt as at inference, and again including the turn: the
+    difference is the turn. The first must be a prefix of the second, in
+    characters and in tokens, or the row is refused.
 
-    A template may show an earlier turn differently once more turns follow
+    A template may render an earlier turn differently once more turns follow
     (Qwen3 drops its thinking, Mistral moves the system prompt). Such a turn
-    becomes a sample of its own, ending there, so that each one is learnt
-    in exactly the context in which it is generated.
+    becomes a separate sample that ends there, so that each turn is learned in
+    exactly the context in which it is generated.
 
     Args:
       tokenizer: A fast tokenizer with a chat template.
-      enable_thinking: Handed to the template; Qwen3's understands it.
+      enable_thinking: Passed to the template; Qwen3's uses it.
 
     Raises:
       UserError: If the tokenizer has no chat template or no special tokens.
@@ -119,8 +119,8 @@ class ChatEncoder:
         self._options = {
             **tokenizer.special_tokens_map,
             "enable_thinking": enable_thinking,
-            # Llama 3 writes today's date into the system prompt unless it is given one. The day
-            # that Meta's template falls back to makes tokens the same every day.
+            # Llama 3 writes today's date into the system prompt unless it is given one. With the
+            # fallback date of Meta's template, tokens are the same every day.
             "date_string": "26 Jul 2024",
         }
         special = {
@@ -139,17 +139,18 @@ class ChatEncoder:
     def encode(
         self, conversations: Sequence[Conversation]
     ) -> list[tuple[TokenizedChat, ...] | BadRowError]:
-        """Tokenizes a batch; each conversation gives its samples, or why it is refused.
+        """Tokenizes a batch of conversations.
 
-        All texts of a batch go to the tokenizer in one call, which spreads them
-        over the cores: batches of some hundreds are fastest.
+        The tokenizer encodes all texts of the batch in one call, on all cores:
+        batches of several hundred conversations are fastest.
 
         Args:
-          conversations: What to encode.
+          conversations: The batch.
 
         Returns:
-          For each conversation one sample, or one for each turn that the
-          template shows differently later on; or the reason why it is refused.
+          For each conversation its samples, or the reason why it is refused. The last
+          sample is the conversation as a whole; before it comes one for each turn that
+          the template renders differently later on.
         """
         rendered = [self._try(self._render, conversation) for conversation in conversations]
         texts = [r.text for rs in rendered if not isinstance(rs, BadRowError) for r in rs]
@@ -157,7 +158,7 @@ class ChatEncoder:
         return [
             renderings
             if isinstance(renderings, BadRowError)
-            # The list takes this conversation's encodings even when one of them is refused.
+            # The list consumes all encodings of the conversation, even if one is refused.
             else self._try(
                 self._tokenize_all, [(rendering, next(encodings)) for rendering in renderings]
             )
@@ -231,24 +232,24 @@ class ChatEncoder:
                 through, _ = self._template_text(messages[: i + 1])
             if not through.startswith(before):
                 raise BadRowError(
-                    f"message {i + 1}: the chat template's generation prompt is not how it begins "
-                    "an assistant turn, so what is supervised would not be what is generated; "
-                    "mark the turns in the template with {% generation %}"
+                    f"message {i + 1}: the chat template does not begin the assistant turn with "
+                    "its generation prompt, so training would not match inference; mark the turns "
+                    "in the template with {% generation %}"
                 )
             span = _Span(len(before), self._turn_end(through, len(through)), weight)
             if whole.startswith(through[: span.stop]):
                 merged.append(span)
             else:
                 alone.append(_Rendering(through, (span,)))
-        # The last turn is always in the whole; it comes last here, too.
+        # `merged` always contains the last turn, so samples are in the order of their ends.
         return [*alone, _Rendering(whole, tuple(merged))]
 
     def _turn_end(self, text: str, stop: int) -> int:
-        """Where the turn that reaches to `stop` ends: just after its end-of-turn token."""
-        said = text[:stop].rstrip()  # templates write a newline after the token
-        for found in self._special.finditer(said, max(0, len(said) - 256)):
-            if found.end() == len(said):
-                return len(said)
+        """The end of the turn at `stop`, including its end-of-turn token."""
+        turn = text[:stop].rstrip()  # Templates write a newline after the token.
+        for found in self._special.finditer(turn, max(0, len(turn) - 256)):
+            if found.end() == len(turn):
+                return len(turn)
         following = self._special.match(text, stop)
         if following is None:
             raise BadRowError(
@@ -273,7 +274,7 @@ class ChatEncoder:
             bounds.append(bound)
         if bounds[0][0] == 0:
             raise BadRowError(
-                "nothing stands before the assistant's first token to predict it from"
+                "there is nothing before the assistant's first token to predict it from"
             )
         length = bounds[-1][1]
         weights = np.zeros(length, np.float32)
@@ -282,10 +283,10 @@ class ChatEncoder:
         return TokenizedChat(np.array(ids[:length], np.int32), weights)
 
     def _token_bounds(self, text: str, span: _Span, encoding: Any) -> tuple[int, int] | None:
-        """The span in tokens; None when a token reaches across its beginning.
+        """The span in tokens; None if a token crosses its start.
 
-        Special tokens cut a text, so what a prompt is tokenized to depends on
-        nothing before its last special token: comparing from there is enough.
+        Text is split at special tokens before it is tokenized, so it is enough to
+        compare from the last special token before the span.
         """
         cut = 0
         for found in self._special.finditer(text, 0, span.start):
@@ -301,10 +302,10 @@ class ChatEncoder:
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def _tokenize_in_pieces(self, rendering: _Rendering) -> tuple[list[int], list[tuple[int, int]]]:
-        """Prompts as they are tokenized at inference, each answer after them on its own.
+        """Tokenizes each prompt as at inference, and each answer separately.
 
-        An answer that begins with a newline may grow into one token with the
-        newline that ends the prompt. A model that generates never sees that.
+        The newline that begins an answer may merge with the newline that ends the
+        prompt into one token, which generation can never produce.
         """
         ids: list[int] = []
         bounds = []
@@ -319,8 +320,8 @@ class ChatEncoder:
         decode = functools.partial(self._backend.decode, skip_special_tokens=False)
         if decode(ids) != decode(whole):
             raise BadRowError(
-                "a token reaches across the beginning of an assistant turn; strip the white space "
-                "at the beginning of the answer"
+                "a token crosses the start of an assistant turn; remove the white space at the "
+                "start of the answer"
             )
         return ids, bounds
 
@@ -335,7 +336,7 @@ class ChatEncoder:
 def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that ends an assistant's turn under the tokenizer's chat template.
 
-    Found by encoding a short conversation; with a system prompt where the template wants one.
+    Found by encoding a short conversation, with a system prompt if the template requires one.
 
     Args:
       tokenizer: As in `ChatEncoder`.

@@ -1,4 +1,4 @@
-"""Which conversations of a training split are kept out of training, to be evaluated."""
+"""The conversations of a training split that are held out for evaluation."""
 
 from __future__ import annotations
 
@@ -11,22 +11,21 @@ from ranktuner_jax.data.records import Conversation
 __all__ = ["HOLDOUT", "Holdout"]
 
 HOLDOUT = "holdout"
-"""The name of the split that `data.holdout` makes."""
+"""The name of the held-out split."""
 
 
 class Holdout:
-    """Parts a split in two, by what each conversation begins with.
+    """The set of held-out conversations of a split, chosen by their prompts.
 
-    Conversations with the same prompt (all that comes before the first answer, without the system
-    prompt) stay on one side: a model that was trained on one answer to a question is not tested
-    on another. Where all share one prompt, whole conversations are compared. Which prompts are
-    held out is decided by a hash of their text, so that neither the order of the rows nor the
-    number of processes matters, and a row that is added later moves hardly any other.
+    Conversations with the same prompt (everything before the first answer, without the system
+    prompt) stay together: a model that was trained on one answer to a question is not tested on
+    another. If all have the same prompt, whole conversations are compared instead. Prompts are
+    chosen by a hash of their text, so neither the order of the rows nor the number of processes
+    matters, and adding a row hardly changes which others are held out.
 
     Args:
-      conversations: All of the split.
-      size: Below 1 the share of the prompts that is held out, at least one; from 1 on their
-        number.
+      conversations: All conversations of the split.
+      size: The fraction of prompts to hold out (at least one prompt), or their number from 1 on.
 
     Example:
       >>> def sums(*pairs):

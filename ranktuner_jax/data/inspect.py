@@ -1,4 +1,4 @@
-"""What a model sees of a data set, on a terminal: its rows as text, their lengths, the counts."""
+"""A data set on the terminal: rows as text, a histogram of lengths, and counts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from ranktuner_jax.data.pipeline import Rows, Summary
+from ranktuner_jax.data.rows import Rows
+from ranktuner_jax.data.summary import Summary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,31 +21,31 @@ __all__ = ["show_rows", "show_summary"]
 
 
 def show_rows(console: Console, rows: Rows, tokenizer: PreTrainedTokenizerBase, count: int) -> None:
-    """Prints the first rows as a person reads them.
+    """Prints the first rows as text.
 
-    Supervised text is green, or stands in ⟦brackets⟧ where there are no colours.
+    Supervised text is green, or in ⟦brackets⟧ on a terminal without colours.
     """
     decode = tokenizer.backend_tokenizer.decode
     for index in range(count):
         row = rows[index]
-        for segment in range(1, row["segment_ids"].max() + 1):
+        for segment in range(1, row.segment_ids.max() + 1):
             console.print(Rule(f"row {index}, conversation {segment}", style="dim"))
-            here = row["segment_ids"] == segment
-            # A conversation is its inputs and the last label, which is never an input.
-            tokens = [*row["tokens"][here], row["labels"][here][-1]]
-            supervised = [False, *row["mask"][here]]
+            here = row.segment_ids == segment
+            # The last token of a conversation is only a label.
+            tokens = [*row.tokens[here], row.labels[here][-1]]
+            supervised = [False, *row.mask[here]]
             text = Text()
             marked = zip(supervised, tokens, strict=True)
-            for learnt, run_ in itertools.groupby(marked, key=lambda pair: pair[0]):
-                said = _printable(decode([token for _, token in run_], skip_special_tokens=False))
-                if learnt and console.color_system is None:
-                    said = f"⟦{said}⟧"
-                text.append(said, "green" if learnt else "dim")
+            for is_supervised, pairs in itertools.groupby(marked, key=lambda pair: pair[0]):
+                part = _printable(decode([token for _, token in pairs], skip_special_tokens=False))
+                if is_supervised and console.color_system is None:
+                    part = f"⟦{part}⟧"
+                text.append(part, "green" if is_supervised else "dim")
             console.print(text)
 
 
 def show_summary(console: Console, summary: Summary) -> None:
-    """Prints a histogram of lengths, and what became of every conversation."""
+    """Prints a histogram of lengths, and the counts."""
     lengths = summary.lengths
     edges = np.unique(np.linspace(lengths.min(), lengths.max() + 1, 11).astype(int))
     counts, _ = np.histogram(lengths, edges)
@@ -77,7 +78,7 @@ def show_summary(console: Console, summary: Summary) -> None:
 
 
 def _printable(text: str) -> str:
-    """The text with control characters spelled out: data must not steer the terminal."""
+    """The text with control characters escaped, so that data cannot control the terminal."""
     return "".join(
         char if char.isprintable() or char in "\n\t" else f"\\x{ord(char):02x}" for char in text
     )

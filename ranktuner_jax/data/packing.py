@@ -17,7 +17,7 @@ def best_fit(lengths: Sequence[int], capacity: int, order: Iterable[int]) -> lis
     """Packs items into rows: each goes into the fullest row that still has room for it.
 
     The fullest row with room is found in O(capacity / 64): bit f of an integer
-    says that a row with f free places exists.
+    says that there is a row with f free positions.
 
     Args:
       lengths: Length of each item, at most `capacity`.
@@ -61,13 +61,13 @@ def best_fit(lengths: Sequence[int], capacity: int, order: Iterable[int]) -> lis
 def packing_order(lengths: Sequence[int], seed: int) -> list[int]:
     """The order in which `best_fit` takes items: shuffled, then longest first in each window.
 
-    Longest first fills rows best, but over the whole data it would put long
-    conversations with long ones: rows would differ in kind. Within windows of a
-    shuffled order nearly all is gained, and a row stays a random sample.
+    Longest first fills rows best, but sorting the whole data would put long
+    conversations with long ones. Sorting windows of a shuffled order fills rows
+    almost as well, and each row remains nearly a random sample.
 
     Args:
       lengths: Length of each item.
-      seed: Decides the shuffle.
+      seed: Determines the shuffle.
 
     Returns:
       Indices of all items.

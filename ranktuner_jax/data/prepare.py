@@ -1,4 +1,4 @@
-"""Any source written once as a TFDS data set, which training reads by random access."""
+"""Any source rewritten as a TFDS data set, which training reads by random access."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from ranktuner_jax.data import storage
-from ranktuner_jax.data.pipeline import DataConfig, Summary, conversations
+from ranktuner_jax.data.config import DataConfig
+from ranktuner_jax.data.load import conversations
+from ranktuner_jax.data.summary import Summary
 from ranktuner_jax.errors import UserError
 
 __all__ = ["prepare"]
 
-# What the messages say already: the weight of the row is part of theirs.
+# Columns that the written messages replace: their weights include the row's.
 _WRITTEN = ("messages", "weight")
 
 
@@ -24,20 +26,20 @@ def prepare(
 ) -> dict[str, Summary]:
     r"""Writes splits of a source, whole or not at all.
 
-    Conversations are checked on the way: a bad row is named, or counted and left out, as
-    `config.on_bad_row` says. Nothing is held out: `config.holdout` is for training.
+    Conversations are checked: a bad row raises, or is counted and left out, according to
+    `config.on_bad_row`. `config.holdout` is ignored; it applies when the result is trained on.
 
     Args:
       config: What to read.
       output: The folder to write; it must not exist yet.
-      splits: The name of each split, and what of the source goes into it (`train[:1000]`).
+      splits: The name of each split, and the part of the source it takes (`train[:1000]`).
 
     Returns:
-      What became of the rows of each split.
+      The counts of each split.
 
     Raises:
-      UserError: If `output` exists or cannot be written, the source or a split does not exist, or
-        a row is bad and must not be.
+      UserError: If `output` exists or cannot be written, the source or a split does not exist,
+        or a row is bad and `config.on_bad_row` is `error`.
 
     Example:
       >>> import tempfile
@@ -59,7 +61,7 @@ def prepare(
             {name: _records(config, splits[name], summaries[name]) for name in splits},
             name=re.sub(r"\W+", "_", output.name).lower(),
         )
-    except PermissionError as error:
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
         raise UserError(f"--output: cannot write to {output.parent}: {error.strerror}") from error
     return summaries
 

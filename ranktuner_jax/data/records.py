@@ -1,4 +1,4 @@
-"""A row of any source as a conversation: messages, and how much each of them counts."""
+"""Rows of any source as conversations: messages with weights."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", 
 # <<48/2=24>>, as GSM8K writes for a calculator.
 _CALCULATOR_MARK = re.compile(r"<<[^<>=\n]*=[^<>\n]*>>")
 
-# What a template would render and this package does not carry: dropping it would be silent.
+# Content that templates render but a Conversation cannot hold: refused, not silently dropped.
 _REFUSED_KEYS = ("tool_calls", "reasoning_content", "reasoning", "thinking")
 
 
 class BadRowError(ValueError):
-    """One row that cannot be used, and why; `data.on_bad_row` decides what follows."""
+    """A row cannot be used; `data.on_bad_row` says whether to stop or to skip it."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Conversation:
 
     Attributes:
       messages: Dicts of `role` and `content`, in order.
-      weights: One number a message; what is not supervised has 0.
-      row: The source's own row, for graders.
+      weights: One per message; 0 if it is not supervised.
+      row: The row of the source, for graders.
       where: File and line, or data set and row number.
     """
 
@@ -62,7 +62,7 @@ def to_conversation(
     Args:
       row: The row. An optional `weight` (in each message, and in the row)
         multiplies the loss of its tokens; 0 leaves them unsupervised.
-      where: Where the row stands, for messages to the user.
+      where: File and line, or data set and row number.
       prompt_column: Column of the prompt; when empty, `messages`, ShareGPT's `conversations`,
         then `prompt`/`completion`, `problem`/`solution`, `question`/`answer` and Alpaca's
         `instruction`/`output`, where `input` follows the instruction.
@@ -131,7 +131,7 @@ def _from_columns(row: Mapping[str, Any], prompt: str, completion: str) -> list[
 
 
 def _from_sharegpt(turns: Any) -> Any:
-    """Turns of `from` and `value` as turns of `role` and `content`; others as they are."""
+    """Renames `from` and `value` to `role` and `content`; other turns stay unchanged."""
     if not isinstance(turns, list | tuple):
         return turns
 
@@ -166,7 +166,7 @@ def _text(value: Any, name: str) -> str:
     except UnicodeEncodeError as error:
         raise BadRowError(
             f"{name}: character {error.start} is the lone surrogate {value[error.start]!a}, "
-            "which is no text"
+            "which is not valid text"
         ) from error
     return value
 

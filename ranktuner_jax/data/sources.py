@@ -1,4 +1,4 @@
-"""Where rows come from: files, TFDS data sets, the hub and the built-in generators."""
+"""Sources of rows: files, TFDS data sets, the hub and the built-in data sets."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from ranktuner_jax.data.builtin import BUILTIN, prepare_builtin
-from ranktuner_jax.data.storage import cache_dir
 from ranktuner_jax.errors import UserError
+from ranktuner_jax.files import cache_dir, whole_folder
 
 __all__ = ["Record", "read_source"]
 
-# The copies of remote folders that this process reads, each with the open directory that carries
-# its lock. Readers open files as they need them, so a copy is claimed until the process ends.
+# The copies of remote folders that this process reads, each with the descriptor that holds its
+# lock. Readers open files lazily, so the lock is held until the process ends.
 _HELD: dict[Path, int] = {}
 
 
@@ -35,9 +35,9 @@ class Record:
     """One row of a source, or the reason why it could not be read.
 
     Attributes:
-      where: File and line, or data set and row number: what a person looks up.
-      fields: The row; empty when it is broken.
-      error: Why the row is broken; empty when it is not.
+      where: File and line, or data set and row number, for messages to the user.
+      fields: The row; empty if it is broken.
+      error: Why the row is broken; empty if it is not.
     """
 
     where: str
@@ -56,15 +56,15 @@ def read_source(
         folder that TFDS or `ranktuner data prepare` wrote; `hub:owner/name`; a
         TFDS name such as `gsm8k` or `name/config:1.0.0`. Paths may be those of
         an object store (`gs://`); a folder is copied into the user's cache,
-        and copied anew when the name, size or time of a file has changed.
+        and copied again when the name, size or time of a file has changed.
       split: In the notation of TFDS: `train`, `test`, `train[:10000]`,
-        `train[90%:]`, `train+test`. A file whose path lacks `{split}` has the
-        one split `train`.
+        `train[90%:]`, `train+test`. A file whose path lacks `{split}` has only
+        the split `train`.
       subset: The configuration of a hub data set.
       data_dir: Where TFDS keeps its data sets; its own default when empty.
 
     Yields:
-      Records; a broken row is a record with an `error`, so that reading goes on.
+      Records; a broken row is a record with an `error`, so that reading continues.
 
     Raises:
       UserError: If the source or the split does not exist.
@@ -92,7 +92,7 @@ def read_source(
 
 
 def _instructions(source: str, split: str, lengths: dict[str, int]) -> list[tuple[str, int, int]]:
-    """Which rows of which splits a TFDS split string means: (name, first, one past the last)."""
+    """The rows that a TFDS split string selects, as (split name, start, stop)."""
     infos = {
         name: tfds.core.SplitInfo(name=name, shard_lengths=[length], num_bytes=0)
         for name, length in lengths.items()
@@ -134,11 +134,11 @@ def _read_files(pattern: str, split: str) -> Iterator[Record]:
 
 def _glob(pattern: str) -> list[epath.Path]:
     path = epath.Path(pattern)
-    # A path that exists is itself, whatever brackets it holds.
+    # The path of an existing file is not a pattern, even if it contains brackets.
     if path.is_file():
         return [path]
     if "://" in pattern:
-        # The bucket, and what follows it.
+        # A pattern is relative to its bucket.
         root = epath.Path("/".join(pattern.split("/")[:3]))
         paths = sorted(root.glob(pattern.split("/", 3)[-1]), key=os.fspath)
     else:
@@ -167,7 +167,7 @@ def _read_jsonl(path: epath.Path) -> Iterator[Record]:
             where = f"{path}:{number}"
             try:
                 fields = json.loads(line)
-            except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8
+            except (ValueError, RecursionError) as error:  # ValueError includes invalid UTF-8.
                 yield Record(where, {}, f"broken JSON: {error}")
                 continue
             if isinstance(fields, dict):
@@ -219,7 +219,7 @@ def _tfds_builder(source: str, data_dir: str) -> Any:
 
 
 def _fetched(source: str) -> Path:
-    """A copy of a remote folder as it is now: array_record's reader needs a local file."""
+    """An up-to-date local copy of a remote folder: array_record reads local files only."""
     origin = epath.Path(source)
     if not (origin / "dataset_info.json").exists():
         raise UserError(
@@ -238,44 +238,36 @@ def _fetched(source: str) -> Path:
 
 
 def _listing(origin: epath.Path) -> str:
-    """Name, size and time of each file; folders are left out, of which TFDS writes none."""
+    """Name, size and time of each file, as JSON. TFDS writes no subfolders."""
     stats = {path.name: path.stat() for path in origin.iterdir()}
     files = [(n, s.length, s.mtime) for n, s in sorted(stats.items()) if not s.is_directory]
     return json.dumps(files)
 
 
 def _copy(origin: epath.Path, files: str, target: Path) -> None:
-    """Copies the files of a listing; of processes that do so at once, the first wins."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        partial = Path(scratch, "copy")
-        partial.mkdir()
+    """Copies the files of a listing; if several processes do so, the first to finish wins."""
+    with whole_folder(target) as scratch:
         for name, _, _ in json.loads(files):
-            (partial / name).write_bytes((origin / name).read_bytes())
+            (scratch / name).write_bytes((origin / name).read_bytes())
         if _listing(origin) != files:
             raise UserError(
                 f"data.source: {origin} changed while it was copied; run again when nothing "
                 "writes to it"
             )
-        try:
-            partial.rename(target)
-        except OSError:
-            if not target.is_dir():  # otherwise another process was faster
-                raise
 
 
 def _hold(copy: Path) -> bool:
-    """Claims a copy for this process; False where there is none."""
+    """Locks a copy until this process ends; False if there is none."""
     if copy in _HELD and copy.is_dir():
         return True
     try:
         directory = os.open(copy, os.O_RDONLY)
     except FileNotFoundError:
         return False
-    # Where a file system has no locks, no process can remove a copy either.
+    # On a file system without locks `_remove_unless_held` removes nothing.
     with contextlib.suppress(OSError):
         fcntl.flock(directory, fcntl.LOCK_SH)
-    # Whoever held the lock before may have removed what was opened.
+    # Another process may have removed the copy before this one got the lock.
     with contextlib.suppress(FileNotFoundError):
         if os.path.samestat(os.fstat(directory), copy.stat()):
             _HELD[copy] = directory
@@ -285,7 +277,7 @@ def _hold(copy: Path) -> bool:
 
 
 def _remove_unless_held(copy: Path) -> None:
-    """Removes an outdated copy, unless a process reads it: then a later one removes it."""
+    """Removes an outdated copy unless a process reads it; a later call removes it then."""
     try:
         directory = os.open(copy, os.O_RDONLY)
     except FileNotFoundError:
@@ -293,7 +285,7 @@ def _remove_unless_held(copy: Path) -> None:
     with contextlib.suppress(OSError):
         fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
         with tempfile.TemporaryDirectory(dir=copy.parent) as scratch:
-            copy.rename(Path(scratch, "outdated"))  # Gone at once for who looks for it.
+            copy.rename(Path(scratch, "outdated"))  # No process finds half a copy.
     os.close(directory)
 
 
@@ -320,9 +312,9 @@ def _slices(view: Any, start: int, stop: int, size: int = 1024) -> Iterator[Any]
 
 
 def _unpack(row: dict[str, Any]) -> dict[str, Any]:
-    """A TFDS row as the source had it: text as str, sequences of features as lists of dicts."""
+    """A TFDS row with text as str and sequences of features as lists of dicts."""
     fields = _plain(row)
-    if set(fields) == {"messages", "weight", "row"}:  # written by storage.write_dataset
+    if set(fields) == {"messages", "weight", "row"}:  # Written by `write_dataset`.
         return {
             **json.loads(fields["row"]),
             "messages": fields["messages"],
@@ -333,13 +325,13 @@ def _unpack(row: dict[str, Any]) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, bytes):
-        return value.decode("utf-8", "surrogateescape")  # a lone surrogate is reported later
+        return value.decode("utf-8", "surrogateescape")  # `to_conversation` reports surrogates.
     if isinstance(value, np.ndarray | np.generic):
         return _plain(value.tolist())
     if isinstance(value, dict):
         fields = {key: _plain(item) for key, item in value.items()}
         turns = fields.get("messages")
-        if isinstance(turns, dict):  # TFDS turns a list of dicts inside out
+        if isinstance(turns, dict):  # TFDS gives a list of dicts as a dict of lists.
             fields["messages"] = [
                 dict(zip(turns, turn, strict=True)) for turn in zip(*turns.values(), strict=True)
             ]
@@ -362,7 +354,7 @@ def _read_hub(name: str, split: str, subset: str) -> Iterator[Record]:
         ) from error
     try:
         rows: Iterable[dict[str, Any]] = datasets.load_dataset(name, subset or None, split=split)
-    except Exception as error:  # it raises whatever its network stack raises
+    except Exception as error:  # Anything that its network stack raises.
         raise UserError(
             f"data.source=hub:{name}: could not load split {split!r}: {_first_line(error)}"
         ) from error

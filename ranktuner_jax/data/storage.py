@@ -1,13 +1,10 @@
-"""Conversations written once as a TFDS data set that is read by random access."""
+"""Conversations written as a TFDS data set, for random access."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,34 +12,25 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-__all__ = ["cache_dir", "to_record", "write_dataset"]
+from ranktuner_jax.files import whole_folder
+
+__all__ = ["to_record", "write_dataset"]
 
 _VERSION = "1.0.0"
 
 
-def cache_dir() -> Path:
-    """The user's cache: `RANKTUNER_CACHE`, or `~/.cache/ranktuner_jax`.
-
-    Example:
-      >>> cache_dir().is_absolute()
-      True
-    """
-    folder = os.environ.get("RANKTUNER_CACHE") or "~/.cache/ranktuner_jax"
-    return Path(folder).expanduser().resolve()
-
-
 class _Conversations(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """Rows of messages and weights; what else the source had stays in `row`, as JSON."""
+    """Conversations with weights; the source's row is kept in `row`, as JSON."""
 
     VERSION = tfds.core.Version(_VERSION)
-    # Nothing is downloaded, so there are no checksums beside the code; to look for them
-    # TFDS 4.9.10 would import importlib_resources, which it does not install.
+    # Nothing is downloaded. To look for checksums of downloads beside the code, TFDS 4.9.10 would
+    # import importlib_resources, which it does not install.
     code_path = None
 
     def __init__(self, name: str, splits: Mapping[str, Iterable[Mapping[str, Any]]], folder: Path):
         self.name = name
         self._splits = splits
-        # array_record needs no TensorFlow, and reads any row at once.
+        # array_record has random access and needs no TensorFlow.
         super().__init__(data_dir=str(folder), file_format="array_record")
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -79,12 +67,11 @@ def write_dataset(
 ) -> Path:
     """Writes records as a TFDS data set, whole or not at all.
 
-    Everything is written beside `folder` first and then moved there in one
-    step. A process that is killed leaves no half data set, and of two that
-    write at once the first to finish wins; the other's work is thrown away.
+    See `files.whole_folder` for what happens when the process is killed, or when two processes
+    write the same data set.
 
     Args:
-      folder: Where the data set will lie; kept as it is when it exists.
+      folder: The data set's folder; if it exists already, it is kept.
       splits: Split name to records with `messages` (role, content, weight),
         `weight` and `row` (JSON text).
       name: The data set's TFDS name, in snake_case.
@@ -103,20 +90,12 @@ def write_dataset(
       1
     """
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
+    # TFDS appends the name and the version to the folder that it is given.
+    with whole_folder(folder, inside=f"{name}/{_VERSION}") as scratch:
         builder = _Conversations(name, splits, scratch)
         tfds.disable_progress_bar()
-        with contextlib.redirect_stdout(io.StringIO()):  # it speaks of downloads; there are none
+        with contextlib.redirect_stdout(io.StringIO()):  # Messages about downloads.
             builder.download_and_prepare()
-        try:
-            os.rename(builder.data_dir, folder)
-        except OSError:
-            if not folder.is_dir():  # otherwise another process was faster
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 

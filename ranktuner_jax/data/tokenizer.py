@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 __all__ = ["PLAIN_TEMPLATE", "load_tokenizer"]
 
-# For base models. Turns begin on a line of their own, for a prompt that ended in a space would
-# part the answer's first word from the space that pretraining saw in front of it.
+# For base models. Each answer begins on a new line: if the prompt ended in a space, the answer's
+# first word would lack the space before it that is part of its token in pretraining.
 PLAIN_TEMPLATE = """\
 {%- for message in messages %}
     {{- message.role.capitalize() + ':\\n' }}
@@ -46,7 +46,9 @@ def load_tokenizer(folder: str | Path, chat_template: str = "") -> PreTrainedTok
     from transformers import AutoTokenizer
 
     if not Path(folder).is_dir():
-        raise UserError(f"model: expected a folder with a tokenizer, got {folder}, which is none")
+        raise UserError(
+            f"model: expected a folder with a tokenizer, got {folder}, which is not a folder"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -71,9 +73,9 @@ def _plain_template(tokenizer: PreTrainedTokenizerBase) -> str:
             "data.chat_template=plain: expected a tokenizer with an eos_token, which ends the "
             f"assistant's turn; {tokenizer.name_or_path} names none in tokenizer_config.json"
         )
-    # Where pretraining saw a first token before every text, a conversation begins with it, too.
-    begins = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return "{{- bos_token }}\n" * begins + PLAIN_TEMPLATE
+    # A tokenizer that begins every text with bos_token did so in pretraining.
+    adds_bos = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return "{{- bos_token }}\n" * adds_bos + PLAIN_TEMPLATE
 
 
 def _read_template(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""The final answer in what a model wrote."""
+"""Finds the final answer in a completion."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def final_number(text: str) -> str | None:
 
 
 def final_texts(text: str) -> list[str]:
-    r"""What a completion may give as its answer: what its marks announce, its last line, all of it.
+    r"""The candidates for a completion's answer: marked passages, the last line, the whole text.
 
     Example:
       >>> final_texts("France, I think.\nThe answer is: Paris.")

@@ -22,7 +22,7 @@ __all__ = ["Completion", "divisible", "generate"]
 
 
 class Completion(NamedTuple):
-    """What a model wrote: `tokens` without the stop token, and whether it came to one."""
+    """The tokens that a model wrote before the stop token, and whether it reached one."""
 
     tokens: list[int]
     finished: bool
@@ -56,17 +56,17 @@ def generate(
       max_new_tokens: The most tokens to write, stop token included.
       stop_ids: Tokens that end a completion.
       batch_size: Prompts decoded together.
-      temperature: 0 takes the likeliest token (the lowest id among equals); otherwise tokens are
+      temperature: 0 takes the likeliest token (the lowest id in a tie); otherwise tokens are
         drawn from `softmax(logits / temperature)`.
       key: The PRNG key; needed when `temperature` is positive.
       progress: Called with the number of prompts done, after each batch.
 
     Returns:
-      One completion a prompt, in the order of `prompts`.
+      One completion per prompt, in the order of `prompts`.
 
     Raises:
       ValueError: If a prompt is empty, a size is below one, the temperature is negative, or it is
-        positive and there is no key.
+        positive without a key.
 
     Example:
       >>> from ranktuner_jax.models import Decoder, DecoderConfig
@@ -127,7 +127,7 @@ def generate(
 
 
 def divisible(batch_size: int, mesh: Mesh | None) -> int:
-    """The least batch of at least `batch_size` rows that divides over the mesh's batch axes.
+    """The smallest size, `batch_size` or more, that divides over the mesh's batch axes.
 
     Example:
       >>> divisible(3, None)
@@ -140,9 +140,9 @@ def divisible(batch_size: int, mesh: Mesh | None) -> int:
 
 
 def _widths(longest: Sequence[int]) -> list[int]:
-    """The padded width of each batch, given ascending longest prompts: at most two values.
+    """The padded width of each batch, from the ascending lengths of their longest prompts.
 
-    The narrower width is worth its compilation when it saves a fifth of the padded tokens.
+    At most two widths: the narrower is worth its compilation if it saves a fifth of the tokens.
     """
     wide = _round_up(longest[-1])
     candidates = [(count, _round_up(longest[count - 1])) for count in range(1, len(longest))]
@@ -170,7 +170,7 @@ def _decode(
     max_new_tokens: int,
     greedy: bool,
 ) -> tuple[Int[Array, "B N"], Int[Array, " B"]]:
-    """Tokens written, and how many in each row; a row of length 0 is absent."""
+    """The tokens written, and their number in each row; a row of length 0 is absent."""
     model = nnx.merge(graphdef, params)
     tokens, lengths, keys = (
         partition.constrain(x, model.mesh, "batch") for x in (tokens, lengths, keys)
@@ -202,7 +202,7 @@ def _decode(
     written = jnp.zeros((batch, max_new_tokens), jnp.int32).at[:, 0].set(first)
     count = jnp.where(absent, 0, 1)
 
-    def going_on(carry: tuple) -> Bool[Array, ""]:
+    def unfinished(carry: tuple) -> Bool[Array, ""]:
         step, _, done, *_ = carry
         return (step < max_new_tokens) & ~done.all()
 
@@ -220,6 +220,6 @@ def _decode(
         return step + 1, token, done | is_stop(token), written, count, cache
 
     start = (jnp.int32(1), first, absent | is_stop(first), written, count, cache)
-    _, _, _, written, count, _ = jax.lax.while_loop(going_on, write_one, start)
+    _, _, _, written, count, _ = jax.lax.while_loop(unfinished, write_one, start)
     # The same on every device, so that every process can read them.
     return partition.constrain(written, model.mesh), partition.constrain(count, model.mesh)

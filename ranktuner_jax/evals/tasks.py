@@ -1,4 +1,4 @@
-"""Whether a completion is right: one scorer a task."""
+"""Tasks: each names a scorer, which decides whether a completion is right."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from ranktuner_jax.evals.answers import final_number, final_texts
 __all__ = ["AUTO", "TASKS", "Scorer", "make_scorer", "scorable"]
 
 Scorer = Callable[[str, Mapping[str, Any]], bool]
-"""Tells whether a completion answers a record (which holds `answer`) rightly."""
+"""Whether a completion is a correct answer to a record, which holds `answer`."""
 
 AUTO = "auto"
-"""The task of data that one knows nothing of: asks where a row has an `answer` to compare with."""
+"""The task for data of any kind: asks the rows that have an `answer` to compare with."""
 
-# Beyond this an `answer` is a text of its own, of which no other wording would be called right.
+# A longer `answer` is prose: a correct completion in other words would be scored as wrong.
 _LONGEST_ANSWER = 100
 _A_NUMBER = re.compile(r"[$€£]?\s*(-?\d[\d,]*(?:\.\d+)?)\s*%?\.?")
 
 
 def _reasoning_gym(name: str) -> Scorer:
-    """The final number, judged by reasoning-gym's own scorer of that data set."""
+    """Scores the final number with reasoning-gym's own scorer of that data set."""
     try:
         import reasoning_gym
     except ImportError as error:
@@ -48,7 +48,7 @@ def _exact(completion: str, record: Mapping[str, Any]) -> bool:
 
 
 def _auto(completion: str, record: Mapping[str, Any]) -> bool:
-    """Equal numbers where the answer is one, else equal words."""
+    """Compares numbers if the answer is one, otherwise words."""
     wanted = _number(record)
     if wanted is not None:
         found = final_number(completion)
@@ -57,7 +57,7 @@ def _auto(completion: str, record: Mapping[str, Any]) -> bool:
 
 
 def _words(text: str) -> str:
-    """Case, white space and punctuation around an answer are not the answer."""
+    """The text without case, repeated white space and surrounding punctuation."""
     return " ".join(text.casefold().split()).strip(string.punctuation + " ")
 
 
@@ -69,7 +69,7 @@ def _number(record: Mapping[str, Any]) -> str | None:
     return final_number(text) if "####" in text or "\\boxed{" in text else None
 
 
-def _can_be_compared(record: Mapping[str, Any]) -> bool:
+def _is_comparable(record: Mapping[str, Any]) -> bool:
     answer = record.get("answer")
     if isinstance(answer, bool) or not isinstance(answer, str | int | float) or answer == "":
         return False
@@ -82,7 +82,14 @@ TASKS: dict[str, Callable[[], Scorer]] = {
     "exact": lambda: _exact,
     AUTO: lambda: _auto,
 }
-"""Makers of scorers by the name that `eval.task` takes."""
+"""Functions that make a scorer, by the name that `eval.task` takes.
+
+One line registers your own, in a config file for example:
+
+  evals.TASKS["mine"] = lambda: my_scorer
+
+Here `my_scorer(completion, record)` is a `Scorer`; then `eval.task=mine` chooses it.
+"""
 
 
 def make_scorer(task: str) -> Scorer:
@@ -102,16 +109,16 @@ def make_scorer(task: str) -> Scorer:
 
 
 def scorable(task: str, examples: Sequence[Example]) -> tuple[list[Example], str]:
-    """The questions that a task can score, and what there is to say of the others.
+    """The questions that a task can score, with a note on those that are left out.
 
-    A row can be scored by its `answer`. The task `auto` leaves out rows that have none, or one
-    that is too long to be compared (unless it marks a final number, as GSM8K's do).
+    A row is scored by its `answer`. The task `auto` leaves out rows that have none, or one that
+    is too long to be compared (unless it marks a final number, as GSM8K's do).
 
     Returns:
-      The questions, and a line on those that are left out; "" where none is.
+      The questions, and the note; "" if none is left out.
 
     Raises:
-      UserError: If the task is another one and a row has no `answer`.
+      UserError: If the task is not `auto` and a row has no `answer`.
 
     Example:
       >>> rows = [{"prompt": "2 + 2?", "answer": "4"}, {"prompt": "Say something nice."}]
@@ -127,7 +134,7 @@ def scorable(task: str, examples: Sequence[Example]) -> tuple[list[Example], str
                     f"{sorted(example.row)} in row {example.index + 1}; add it, or set eval.task="
                 )
         return list(examples), ""
-    chosen = [example for example in examples if _can_be_compared(example.row)]
+    chosen = [example for example in examples if _is_comparable(example.row)]
     if not chosen:
         return [], "no questions are asked: no held-out row has a short `answer` to compare with"
     if len(chosen) < len(examples):

@@ -1,4 +1,4 @@
-"""Causal attention within segments, by whichever kernel the device has."""
+"""Causal attention within segments, by the kernel that suits the device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ranktuner_jax.models import partition
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
-__all__ = ["IMPLEMENTATIONS", "Places", "attend", "choose_implementation"]
+__all__ = ["IMPLEMENTATIONS", "TokenPositions", "attend", "choose_implementation"]
 
 IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")
 
@@ -26,8 +26,8 @@ _SPLASH_BLOCKS = (
 )
 
 
-class Places(NamedTuple):
-    """Where tokens stand: position in their conversation, and which conversation."""
+class TokenPositions(NamedTuple):
+    """The conversation that each token belongs to, and its position there."""
 
     positions: Int[Array, "B T"]
     segment_ids: Int[Array, "B T"]
@@ -70,8 +70,8 @@ def attend(
     q: Float[Array, "B T H d"],
     k: Float[Array, "B S K d"],
     v: Float[Array, "B S K d"],
-    queries: Places,
-    keys: Places,
+    query_positions: TokenPositions,
+    key_positions: TokenPositions,
     *,
     window: int | None,
     implementation: str,
@@ -79,24 +79,24 @@ def attend(
 ) -> Float[Array, "B T H d"]:
     """Each query sees the keys of its own segment, at most `window` positions back.
 
-    `splash` needs `queries` and `keys` to be the same tokens, in the order of their
+    `splash` needs queries and keys to be the same tokens, in the order of their
     positions within each segment; `xla` and `cudnn` go by the positions given.
 
     Example:
       >>> x = jnp.ones((1, 3, 1, 4))
-      >>> places = Places(jnp.array([[0, 1, 0]]), jnp.array([[1, 1, 2]]))
-      >>> attend(x, x, x, places, places, window=None, implementation="xla").shape
+      >>> tokens = TokenPositions(jnp.array([[0, 1, 0]]), jnp.array([[1, 1, 2]]))
+      >>> attend(x, x, x, tokens, tokens, window=None, implementation="xla").shape
       (1, 3, 1, 4)
     """
     if implementation == "splash":
-        return _splash(q, k, v, queries.segment_ids, window, mesh)
-    mask = _mask(queries, keys, window)
+        return _splash(q, k, v, query_positions.segment_ids, window, mesh)
+    mask = _mask(query_positions, key_positions, window)
     if implementation == "cudnn":
         return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
     return _xla(q, k, v, mask)
 
 
-def _mask(queries: Places, keys: Places, window: int | None) -> Array:
+def _mask(queries: TokenPositions, keys: TokenPositions, window: int | None) -> Array:
     distance = queries.positions[:, :, None] - keys.positions[:, None, :]
     mask = (queries.segment_ids[:, :, None] == keys.segment_ids[:, None, :]) & (distance >= 0)
     return mask if window is None else mask & (distance < window)
@@ -105,7 +105,7 @@ def _mask(queries: Places, keys: Places, window: int | None) -> Array:
 def _xla(q: Array, k: Array, v: Array, mask: Array) -> Array:
     batch, length, heads, dim = q.shape
     grouped = q.reshape(batch, length, k.shape[2], heads // k.shape[2], dim)
-    # Axes stand as the matmul leaves them, which spares the transpose of the scores.
+    # Axes in the order that the matmul produces, which saves a transpose of the scores.
     scores = jnp.einsum("btkgd,bskd->bktgs", grouped, k, preferred_element_type=jnp.float32)
     # Finite, for the rows of an empty cache that see nothing.
     lowest = jnp.finfo(jnp.float32).min

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from ranktuner_jax.models import attention, partition, rope
-from ranktuner_jax.models.attention import Places
-from ranktuner_jax.models.config import DecoderConfig
+from ranktuner_jax.models.attention import TokenPositions
+from ranktuner_jax.models.config import ACTIVATIONS, DecoderConfig
 from ranktuner_jax.models.linear import linear
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["REMAT_POLICIES", "Cache", "Decoder"]
 
-# What the backward pass finds stored of a layer, rather than computing it again.
+# What the forward pass stores of a layer; the backward pass computes the rest again.
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
     "none": None,  # everything
     "dots": jax.checkpoint_policies.save_only_these_names("projection"),
@@ -48,12 +48,12 @@ class Cache(struct.PyTreeNode):
     segment_ids: Int[Array, "B S"]
     index: Int[Array, ""]
 
-    def place(self, places: Places) -> Cache:
-        """Notes where the next tokens stand."""
+    def add_positions(self, new: TokenPositions) -> Cache:
+        """The cache with the positions and segments of the next tokens in their slots."""
         update = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
         return self.replace(
-            positions=update(self.positions, places.positions, self.index),
-            segment_ids=update(self.segment_ids, places.segment_ids, self.index),
+            positions=update(self.positions, new.positions, self.index),
+            segment_ids=update(self.segment_ids, new.segment_ids, self.index),
         )
 
 
@@ -102,8 +102,8 @@ class Layers(nnx.Module):
         """The gated feed-forward network."""
         x = self.norm("mlp_norm", x)
         gate, up = (self.project(name, x) for name in ("gate", "up"))
-        inner = partition.constrain(jax.nn.silu(gate) * up, mesh, "batch", "time", "mlp")
-        return self.project("down", inner)
+        inner = ACTIVATIONS[self.config.activation](gate) * up
+        return self.project("down", partition.constrain(inner, mesh, "batch", "time", "mlp"))
 
 
 def _init(
@@ -131,7 +131,7 @@ class Decoder(nnx.Module):
     segment id 0, and attention goes by positions and segments, not by slots. All
     rows write to the same slots. A left-padded prompt's next token follows from the
     last slot's hidden state; a right-padded one's from each row's last real token.
-    The caller sees to it that the cache is long enough.
+    The caller must make the cache long enough.
 
     Args:
       config: Shape and options.
@@ -191,6 +191,14 @@ class Decoder(nnx.Module):
         """The matrix that turns hidden states into logits, padded rows included."""
         return (self.embed if self.config.tie_embeddings else self.head)[...]
 
+    @property
+    def unembed_spec(self) -> PartitionSpec:
+        """How `unembed` is divided over `mesh`, as `losses.sharded_weighted_nll` takes it."""
+        if self.mesh is None:
+            return PartitionSpec(None, None)
+        # Of a tied model too: "embed" has the same axes.
+        return partition.spec(self.mesh, partition.PARAM_AXES["head"], self.unembed.shape)
+
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Logits over the real vocabulary, accumulated and returned in float32."""
         logits = jnp.einsum(
@@ -227,38 +235,38 @@ class Decoder(nnx.Module):
 
         Args:
           tokens: Token ids.
-          positions: Position of each token in its conversation. Left out, they count
-            each segment from 0, and go on from the cache's real tokens if there is one.
+          positions: Position of each token in its conversation. By default they count from 0
+            in each segment, or continue after the cache's real tokens.
           segment_ids: 0 for padding, 1, 2, ... for the conversations of a row, which
-            do not see each other. Left out, a row is one conversation.
-          cache: What `init_cache` or the call before returned.
+            do not see each other. By default a row is one conversation.
+          cache: As `init_cache` or the previous call returned it.
 
         Returns:
-          `hidden [B, T, D]` in the compute dtype, or `(hidden, cache)` if a cache came.
+          `hidden [B, T, D]` in the compute dtype, or `(hidden, cache)` if a cache was given.
         """
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
         if positions is None:
             positions = _count_positions(segment_ids, cache)
-        here = Places(positions, segment_ids)
-        # Over FSDP the matrix is gathered, not the batch: rows of columns that lie apart would be.
+        new = TokenPositions(positions, segment_ids)
+        # Under FSDP gather the matrix: a lookup in divided columns would gather the batch instead.
         embed = partition.constrain(self.embed[...], self.mesh, "vocab", "features")
-        # An embedding's gradient is a scatter: rows are gathered before the cast.
-        x = self._place(embed.at[tokens].get(mode="clip").astype(self.dtype))
+        # The lookup precedes the cast, so that its gradient, a scatter, has the parameter's dtype.
+        x = self._constrain(embed.at[tokens].get(mode="clip").astype(self.dtype))
         tables = rope.rotary_tables(
             self.config.rope, positions, self.config.head_dim, self.config.max_positions
         )
         if cache is None:
-            x = self._scan(x, tables, here)
+            x = self._scan(x, tables, new)
         else:
-            x, cache = self._scan_cached(x, tables, here, cache)
+            x, cache = self._scan_cached(x, tables, new, cache)
         hidden = _rms_norm(x, self.final_norm[...], self.config.norm_eps)
         return hidden if cache is None else (hidden, cache)
 
-    def _place(self, x: Array) -> Array:
+    def _constrain(self, x: Array) -> Array:
         return partition.constrain(x, self.mesh, "batch", "time", "features")
 
-    def _scan(self, x: Array, tables: tuple[Array, Array], here: Places) -> Array:
+    def _scan(self, x: Array, tables: tuple[Array, Array], new: TokenPositions) -> Array:
         kernel = attention.choose_implementation(
             self.attention, length=x.shape[1], dtype=self.dtype, mesh=self.mesh
         )
@@ -266,10 +274,10 @@ class Decoder(nnx.Module):
 
         def layer(x: Array, params: nnx.State, *, window: int | None) -> tuple[Array, None]:
             block = nnx.merge(graph, params)
-            x = self._place(x)
+            x = self._constrain(x)
             q, k, v = block.heads(x, tables)
             mixed = attention.attend(
-                q, k, v, here, here, window=window, implementation=kernel, mesh=self.mesh
+                q, k, v, new, new, window=window, implementation=kernel, mesh=self.mesh
             )
             x = x + block.project("o", mixed)
             return x + block.mlp(x, self.mesh), None
@@ -281,16 +289,16 @@ class Decoder(nnx.Module):
             whole = stop - start == self.config.num_layers
             run = params if whole else jax.tree.map(lambda p: p[start:stop], params)  # noqa: B023
             x, _ = jax.lax.scan(step, x, run)
-        return self._place(x)
+        return self._constrain(x)
 
     def _scan_cached(
-        self, x: Array, tables: tuple[Array, Array], here: Places, cache: Cache
+        self, x: Array, tables: tuple[Array, Array], new: TokenPositions, cache: Cache
     ) -> tuple[Array, Cache]:
         graph, params = nnx.split(self.layers)
-        cache = cache.place(here)
-        seen = Places(cache.positions, cache.segment_ids)
+        cache = cache.add_positions(new)
+        cached = TokenPositions(cache.positions, cache.segment_ids)
 
-        # Keys and values ride in the carry, where each layer writes its new tokens only.
+        # Keys and values are in the carry, to which each layer writes the new tokens only.
         def layer(carry: tuple, xs: tuple, *, window: int | None) -> tuple[tuple, None]:
             x, keys, values = carry
             index, params = xs
@@ -303,8 +311,8 @@ class Decoder(nnx.Module):
                 q,
                 keys[index].astype(q.dtype),
                 values[index].astype(q.dtype),
-                here,
-                seen,
+                new,
+                cached,
                 window=window,
                 implementation="xla",
             )

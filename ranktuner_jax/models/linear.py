@@ -16,10 +16,10 @@ __all__ = ["linear"]
 def linear(x: Float[Array, "B T I"], kernel: Float[Array, "O I"]) -> Float[Array, "B T O"]:
     """`x @ kernel.T`, multiplied in the dtype of `x` and summed in float32.
 
-    Beside the plain product, the kernel's gradient is not rounded to the dtype of `x`
-    on its way to the parameter, and all three products have operands of one type: that
-    is what 16-bit matrix units want, a CPU's among them (a plain product's transpose
-    multiplies float32 by bfloat16, which they refuse).
+    Unlike in a plain product, the kernel's gradient is not rounded to the dtype of `x`
+    on its way to the parameter, and all three products have operands of one type, which
+    16-bit matrix units need, a CPU's included (a plain product's transpose multiplies
+    float32 by bfloat16).
 
     Args:
       x: Activations.
@@ -32,8 +32,8 @@ def linear(x: Float[Array, "B T I"], kernel: Float[Array, "O I"]) -> Float[Array
       >>> linear(jnp.ones((1, 2, 3), jnp.bfloat16), jnp.ones((4, 3))).dtype
       dtype(bfloat16)
     """
-    # Inside shard_map a replicated kernel meets the device's own rows. Said aloud here, for a
-    # custom gradient must have the type of what it is the gradient of.
+    # Inside shard_map a replicated kernel meets the device's own rows. The cast is explicit,
+    # since a custom gradient must have the type of its primal.
     axes = tuple(_varying(x) - _varying(kernel))
     return _linear(x, jax.lax.pcast(kernel, axes, to="varying") if axes else kernel)
 

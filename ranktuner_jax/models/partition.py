@@ -1,6 +1,6 @@
-"""Which axis of a parameter or an activation lies on which axis of the mesh.
+"""Which axis of a parameter or an activation is divided over which axis of the mesh.
 
-Batches come placed: `train.sharding` divides their rows over the mesh axes of "batch" below.
+The trainer divides the rows of a batch over the mesh axes of "batch" below.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ RULES: dict[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
 }
 
-# Parameter -> logical axes: the layer, the outputs, the inputs, as Hugging Face lays them. With
-# the inputs last, the gradient of a matrix comes out of its matmul in place. `features` is
-# `embed` in vectors, which are too small to be worth gathering.
+# Parameter -> logical axes: the layer, the outputs, the inputs, in Hugging Face's order. With
+# the inputs last, the gradient of a matrix comes out of its matmul without a transpose.
+# `features` is `embed` in vectors, which are too small to be worth dividing.
 PARAM_AXES: dict[str, tuple[str, ...]] = {
     "embed": ("vocab", "embed"),
     "attention_norm": ("layers", "features"),
@@ -140,7 +140,7 @@ def param_shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def constrain(x: jax.Array, mesh: Mesh | None, *axes: str) -> jax.Array:
-    """Holds an activation to its place on the mesh; without a mesh, `x` itself.
+    """Constrains the sharding of an activation; without a mesh, returns `x` itself.
 
     Example:
       >>> constrain(jax.numpy.ones(3), None, "batch").shape

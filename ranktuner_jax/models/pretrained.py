@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
+from ranktuner_jax import files
 from ranktuner_jax.errors import UserError
 from ranktuner_jax.models import hf, smollm2
 from ranktuner_jax.models.decoder import Decoder
@@ -24,12 +26,12 @@ if TYPE_CHECKING:
     from jaxtyping import DTypeLike
     from transformers import PretrainedConfig
 
-__all__ = ["default_cache_dir", "load_pretrained", "resolve", "save_pretrained"]
+__all__ = ["load_pretrained", "resolve", "save_pretrained"]
 
 # Models that come in a Python package rather than from a hub.
 _EMBEDDED: dict[str, Callable[[Path], None]] = {"smollm2-135m": smollm2.convert}
 
-# What a model's folder holds beside its weights and its config.
+# Files of a model's folder beside its weights and its config.
 _COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -44,17 +46,12 @@ _COMPANIONS = (
 )
 
 
-def default_cache_dir() -> Path:
-    """`$RANKTUNER_CACHE`, or `~/.cache/ranktuner_jax`."""
-    return Path(os.environ.get("RANKTUNER_CACHE") or "~/.cache/ranktuner_jax").expanduser()
-
-
 def resolve(path_or_name: str | os.PathLike[str], cache_dir: Path | None = None) -> Path:
     """The Hugging Face folder that a name stands for.
 
     Args:
       path_or_name: A folder; `smollm2-135m`, which is converted into the cache at the
-        first call (several processes may do so at once); or a hub id `owner/name`.
+        first call (several processes may do so at the same time); or a hub id `owner/name`.
       cache_dir: Where converted models are kept.
 
     Raises:
@@ -69,9 +66,10 @@ def resolve(path_or_name: str | os.PathLike[str], cache_dir: Path | None = None)
     if Path(name).is_dir():
         return Path(name)
     if name in _EMBEDDED:
-        folder = (cache_dir or default_cache_dir()) / "models" / name
+        folder = (cache_dir or files.cache_dir()) / "models" / name
         if not folder.is_dir():
-            _write_folder(folder, _EMBEDDED[name])
+            with _new_folder(folder) as scratch:
+                _EMBEDDED[name](scratch)
         return folder
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return _download(name)
@@ -81,24 +79,15 @@ def resolve(path_or_name: str | os.PathLike[str], cache_dir: Path | None = None)
     )
 
 
-def _write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a folder that appears whole or not at all."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error}") from error
-    try:
-        write(scratch)
-        scratch.chmod(0o755)
+@contextlib.contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """`files.whole_folder`, with a `UserError` where nothing can be written."""
+    with contextlib.ExitStack() as stack:
         try:
-            scratch.rename(folder)
-        except OSError:
-            # Another process was faster, and its folder is as good.
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+            scratch = stack.enter_context(files.whole_folder(folder))
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written: {error}") from error
+        yield scratch
 
 
 def _upload(folder: Path, target: epath.Path) -> None:
@@ -181,7 +170,7 @@ def save_pretrained(
       path: A folder that does not exist yet, or `gs://bucket/folder`.
       tokenizer_from: A folder (or name) whose tokenizer, chat template and generation
         config go with the weights.
-      chat_template: The text of a template that replaces that folder's, where one is given.
+      chat_template: Text of a chat template that replaces that folder's; empty to keep it.
       stop_ids: Tokens at which generation ends, beside those that the generation config names.
       max_shard_bytes: Weights beyond this are split into files with an index.
 
@@ -219,7 +208,7 @@ def save_pretrained(
         if stop_ids:
             _add_stop_ids(scratch, config, stop_ids)
 
-    _meet("checked")  # The folder must not appear before all have looked for it.
+    _sync_processes("checked")  # Nothing may be written before all have found the path free.
     if jax.process_index() != 0:
         hf.write_weights(model, Path(), max_shard_bytes=max_shard_bytes)  # Only gathers.
     elif remote:
@@ -227,8 +216,9 @@ def save_pretrained(
             write(Path(name))
             _upload(Path(name), folder)
     else:
-        _write_folder(Path(folder), write)
-    _meet("written")
+        with _new_folder(Path(folder)) as scratch:
+            write(scratch)
+    _sync_processes("written")
 
 
 def _add_stop_ids(folder: Path, config: PretrainedConfig, stop_ids: Sequence[int]) -> None:
@@ -245,7 +235,8 @@ def _add_stop_ids(folder: Path, config: PretrainedConfig, stop_ids: Sequence[int
     file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def _meet(name: str) -> None:
+def _sync_processes(name: str) -> None:
+    """Waits until every process has come to the point of this name."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 

@@ -57,7 +57,7 @@ class RopeConfig:
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, Any]) -> RopeConfig:
-        """Reads Hugging Face's `rope_parameters` (transformers 5 holds every spelling there)."""
+        """Reads Hugging Face's `rope_parameters` (transformers 5 converts other keys to it)."""
         given = {k: v for k, v in parameters.items() if v is not None}
         rope_type = given.pop("rope_type", given.pop("type", "default"))
         given.pop("type", None)
@@ -85,7 +85,7 @@ class RopeConfig:
 
 
 def _inverse_frequencies(theta: float, dim: int) -> np.ndarray:
-    # float32 throughout, as transformers does: at position 8,192 the last bit is seen.
+    # float32 throughout, as transformers does: at position 8,192 the last bit matters.
     return (1.0 / np.float32(theta) ** (np.arange(0, dim, 2, dtype=np.float32) / dim)).astype(
         np.float32
     )

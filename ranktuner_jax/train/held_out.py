@@ -15,23 +15,24 @@ Progress = Callable[[int, int], None]
 
 
 class HeldOut:
-    """What a run is evaluated on.
+    """The data that a run is evaluated on.
 
     Args:
-      config: The run.
-      folder: The folder of the model at its start.
+      config: The config of the run.
+      folder: The folder of the initial model.
       tokenizer: Its tokenizer.
 
     Raises:
-      UserError: If the split does not exist, a row is bad, or the task cannot score the rows.
+      UserError: If the split does not exist, a row is invalid, or the task cannot score the rows.
 
     Attributes:
-      size: How much there is, in words.
-      note: What there is to say of the questions, such as why there are none; "" for nothing.
+      size: The number of rows and questions, as text.
+      note: A remark on the questions, such as why there are none; "" for none.
     """
 
     def __init__(self, config: TrainConfig, folder: pathlib.Path, tokenizer: Any) -> None:
         self._config, self._folder, self._tokenizer = config.eval, folder, tokenizer
+        self._data = config.data
         split = config.eval.split
         self._rows = data.load_rows(config.data, tokenizer, split=split, seed=config.seed)
         self._examples: list[data.Example] = []
@@ -47,7 +48,7 @@ class HeldOut:
         )
 
     def evaluate(self, model: models.Decoder, progress: Progress | None = None) -> evals.EvalResult:
-        """Scores the rows and asks the questions."""
+        """Scores the rows and answers the questions."""
         return evals.evaluate(
             model,
             self._tokenizer,
@@ -58,7 +59,7 @@ class HeldOut:
         )
 
     def cached(self, model: models.Decoder, progress: Progress | None = None) -> evals.EvalResult:
-        """As `evaluate`, of the model as it is in its folder; kept in the user's cache."""
+        """Like `evaluate`, for the initial model; the result is kept in the user's cache."""
         result, _ = evals.cached_evaluation(
             model,
             self._tokenizer,
@@ -66,7 +67,12 @@ class HeldOut:
             examples=self._examples,
             config=self._config,
             model_folder=self._folder,
-            cache_dir=models.default_cache_dir(),
             progress=progress,
         )
         return result
+
+    def examples(self, count: int) -> list[data.Example]:
+        """The first held-out conversations, whether a task can score them or not."""
+        return data.load_examples(
+            self._data, self._tokenizer, split=self._config.split, limit=count
+        )

@@ -3,6 +3,7 @@
 from tests.train.conftest import (  # noqa: F401 (fixtures)
     cache,
     sums,
+    tiny_config,
     tiny_config_file,
     tiny_model,
 )

@@ -2,11 +2,13 @@
 
 import pathlib
 import re
+from collections.abc import Callable
 
 import pytest
 
 from ranktuner_jax import cli
-from ranktuner_jax.bench.train import Case, ratio
+from ranktuner_jax.bench.train import Case, open_runs, ratio
+from ranktuner_jax.train import TrainConfig
 
 
 @pytest.mark.parametrize("torch", [False, pytest.param(True, marks=pytest.mark.parity)])
@@ -31,12 +33,12 @@ def test_all_cases_have_a_row_and_the_same_loss(
         for number in re.findall(r"│ +(\d\.\d{4}) │", line)
     }
     assert max(losses) - min(losses) < 2e-4, losses
-    [plain] = [line for line in lines if "│ SFT, the nll alone " in line]
+    [plain] = [line for line in lines if "│ SFT, NLL only " in line]
     [plain_loss] = re.findall(r"│ +(\d\.\d{4}) │", plain)
     assert float(plain_loss) not in losses
-    for other in ["SFT, the nll alone", *names[1:]]:
+    for other in ["SFT, NLL only", *names[1:]]:
         assert any(f"RankTuner, fused ÷ {other} " in line for line in lines), other
-    assert any("waiting for input ÷ all" in line for line in lines)
+    assert any("waiting for input ÷ total" in line for line in lines)
     assert "1/1  RankTuner, fused, float32" in shown.err
 
 
@@ -54,6 +56,22 @@ def test_a_case_is_warmed_up_before_it_is_timed() -> None:
     assert len(case.seconds) == 1
 
 
-def test_no_repeats_are_the_users_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_of_both_types_share_their_rows(tiny_config: Callable[..., TrainConfig]) -> None:
+    runs = open_runs(tiny_config(train__epochs=2.0), ["bfloat16", "float32"])
+    assert [opened.config.train.compute_dtype for opened in runs.values()] == list(runs)
+    assert runs["bfloat16"].rows is runs["float32"].rows
+
+
+def test_zero_repeats_is_a_user_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "train", "--repeats=0"]) == 2
     assert "--repeats: expected at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flag", ["train --model=m", "train --batch_size=2", "train --length=8", "model --model=m"]
+)
+def test_what_is_a_key_of_the_config_has_no_flag_of_its_own(
+    flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["bench", *flag.split()]) == 2
+    assert "expected --config.key=value" in capsys.readouterr().err

@@ -1,10 +1,11 @@
-"""Tokenizers a few kilobytes in size, and chat templates of the shapes that models ship with."""
+"""Tokenizers of a few kilobytes, and chat templates of the forms that models ship with."""
 
 import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -55,8 +56,8 @@ QWEN25 = """{%- if messages[0]['role'] == 'system' %}
 {%- endif %}
 """
 
-# The thinking of an answer is shown only while no other question follows it, and an answer
-# without any then shows an empty one. With enable_thinking=false the prompt ends in an empty one.
+# An answer's thinking is shown only until another question follows it, as an empty block if there
+# is none. With enable_thinking=false the prompt ends in an empty block.
 QWEN3 = """{%- set ns = namespace(last_query=0) %}
 {%- for message in messages %}
     {%- if message.role == 'user' %}{%- set ns.last_query = loop.index0 %}{%- endif %}
@@ -132,7 +133,7 @@ MISTRAL = """{%- set system = '' %}
 {%- endfor %}
 """
 
-# Says itself what the assistant writes, with and without the token that ends the turn.
+# Marks the assistant's turns, with and without the token that ends them.
 MARKED = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['role'] == 'assistant' %}"
@@ -154,7 +155,7 @@ PIECES = (
 
 
 def _byte_level(special: list[str], pieces: str | None = None) -> tokenizers.Tokenizer:
-    """As GPT-2's and SmolLM2's, or with another expression for what is never merged across."""
+    """As GPT-2's and SmolLM2's, or with another expression for splitting text."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if pieces:
@@ -176,7 +177,7 @@ def _byte_level(special: list[str], pieces: str | None = None) -> tokenizers.Tok
 
 
 def _metaspace(special: list[str]) -> tokenizers.Tokenizer:
-    """As SentencePiece's: a space is part of a word, and one stands before the whole text."""
+    """As SentencePiece's: a space is part of the following word, and one precedes the text."""
     tokenizer = tokenizers.Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     tokenizer.decoder = decoders.Sequence(
@@ -247,7 +248,7 @@ def cache(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Pa
 
 @pytest.fixture
 def write_jsonl(tmp_path: pathlib.Path) -> Callable[..., str]:
-    """Writes rows (dicts, or lines as they stand) and gives the path."""
+    """Writes rows (dicts, or raw lines) to a file and returns its path."""
 
     def write(*rows: dict[str, Any] | str | bytes, name: str = "rows.jsonl") -> str:
         lines = [
@@ -261,6 +262,30 @@ def write_jsonl(tmp_path: pathlib.Path) -> Callable[..., str]:
         return str(path)
 
     return write
+
+
+@pytest.fixture
+def sums() -> Callable[..., list[dict[str, Any]]]:
+    """Makes rows that ask for a sum, with answers of several lengths."""
+
+    def make(count: int, seed: int = 0) -> list[dict[str, Any]]:
+        pairs = np.random.default_rng(seed).integers(0, 99, (count, 2)).tolist()
+        return [
+            {
+                "prompt": f"What is {a} + {b}?",
+                "completion": f"It is {a + b}." * int(1 + a % 3),
+                "id": i,
+            }
+            for i, (a, b) in enumerate(pairs)
+        ]
+
+    return make
+
+
+@pytest.fixture
+def path(write_jsonl: Callable[..., str], sums: Callable[..., list[dict[str, Any]]]) -> str:
+    """A file of 40 such rows."""
+    return write_jsonl(*sums(40))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

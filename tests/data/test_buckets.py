@@ -1,21 +1,25 @@
 """Sources on an object store."""
 
+import contextlib
 import fcntl
+import json
 import os
 import pathlib
-from collections.abc import Iterator
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from ranktuner_jax.data import read_source, sources, write_dataset
+from ranktuner_jax.data import read_source, write_dataset
 from ranktuner_jax.data.storage import to_record
 from ranktuner_jax.errors import UserError
 from tests.buckets import bucket
 
 ROWS = [{"prompt": f"{i} + {i}", "completion": str(2 * i)} for i in range(10)]
-
 
 SUMS = "gs://bucket/data/sums"
 
@@ -31,7 +35,6 @@ def store(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[p
     (tmp_path / "bucket" / "data").mkdir(parents=True)
     with bucket(tmp_path):
         yield tmp_path / "bucket" / "data"
-    end_process()
 
 
 @pytest.fixture
@@ -40,14 +43,46 @@ def copies(tmp_path: pathlib.Path) -> pathlib.Path:
     return tmp_path / "cache" / "fetched"
 
 
-def end_process() -> None:
-    """What the end of the process does to its claims on copies."""
-    while sources._HELD:
-        os.close(sources._HELD.popitem()[1])
+Reader = contextlib.AbstractContextManager[Callable[[], list[str]]]
+
+
+@pytest.fixture
+def other_process(store: pathlib.Path) -> Callable[[], Reader]:
+    """Starts a process in which calls of `prompts` run until the context ends."""
+    code = f"""
+import json, pathlib, sys
+from tests.buckets import bucket
+from tests.data.test_buckets import prompts
+with bucket(pathlib.Path({str(store.parents[1])!r})):
+    for _ in sys.stdin:
+        print(json.dumps(prompts()), flush=True)
+"""
+
+    @contextlib.contextmanager
+    def start() -> Iterator[Callable[[], list[str]]]:
+        with subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=pathlib.Path(__file__).parents[2],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as process:
+            calls, results = process.stdin, process.stdout
+            assert calls
+            assert results
+
+            def call() -> list[str]:
+                print(file=calls, flush=True)
+                read: list[str] = json.loads(results.readline())
+                return read
+
+            yield call
+
+    return start
 
 
 def write_sums(store: pathlib.Path, count: int) -> list[str]:
-    """Writes gs://bucket/data/sums anew, and gives its prompts."""
+    """Writes gs://bucket/data/sums again, and returns its prompts."""
     for path in (store / "sums").glob("*"):
         path.unlink()
     if (store / "sums").exists():
@@ -85,45 +120,42 @@ def test_a_tfds_folder_is_copied_once(store: pathlib.Path, copies: pathlib.Path)
         prompts("gs://bucket/data/none")
 
 
-def test_a_tfds_folder_that_changed_is_copied_anew(
-    store: pathlib.Path, copies: pathlib.Path
+def test_a_tfds_folder_that_changed_is_copied_again(
+    store: pathlib.Path, copies: pathlib.Path, other_process: Callable[[], Reader]
 ) -> None:
-    for count in (10, 4):
-        expected = write_sums(store, count)
-        assert prompts() == expected
-    # The process may still read the first copy; the next one removes it.
-    assert len(list(copies.iterdir())) == 2
-    end_process()
+    with other_process() as read:
+        for count in (10, 4):
+            expected = write_sums(store, count)
+            assert read() == expected
+        # The process may still read the first copy; the next one removes it.
+        assert len(list(copies.iterdir())) == 2
     assert prompts() == expected
     assert len(list(copies.iterdir())) == 1
 
 
-def test_files_of_the_same_size_written_later_are_copied_anew(
-    store: pathlib.Path, copies: pathlib.Path
+def test_files_of_the_same_size_written_later_are_copied_again(
+    store: pathlib.Path, copies: pathlib.Path, other_process: Callable[[], Reader]
 ) -> None:
     write_sums(store, 10)
-    prompts()
+    with other_process() as read:
+        read()
     [first] = copies.iterdir()
     os.utime(next((store / "sums").glob("*array_record*")), (1, 1))
-    end_process()
     prompts()
     [second] = copies.iterdir()
     assert second.name != first.name
 
 
 def test_a_copy_that_another_process_reads_is_kept(
-    store: pathlib.Path, copies: pathlib.Path
+    store: pathlib.Path, copies: pathlib.Path, other_process: Callable[[], Reader]
 ) -> None:
     write_sums(store, 10)
-    prompts()
-    [first] = copies.iterdir()
-    end_process()
-    reader = os.open(first, os.O_RDONLY)
-    fcntl.flock(reader, fcntl.LOCK_SH)
-    expected = write_sums(store, 4)
-    assert prompts() == expected
-    assert first.is_dir()
-    os.close(reader)
+    with other_process() as read:
+        read()
+        [first] = copies.iterdir()
+        expected = write_sums(store, 4)
+        assert prompts() == expected
+        assert first.is_dir()
     prompts()
     assert not first.exists()
 
@@ -132,10 +164,11 @@ def test_a_copy_that_is_removed_just_before_it_is_read_is_made_again(
     store: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = write_sums(store, 10)
-    flock, removed = fcntl.flock, []
+    flock = fcntl.flock
+    removed: list[pathlib.Path] = []
 
     def remove_first(descriptor: int, operation: int) -> None:
-        if not removed:  # As a process does that finds this copy outdated.
+        if not removed:  # As a process would that finds this copy outdated.
             removed.extend((store.parents[1] / "cache" / "fetched").iterdir())
             removed[0].rename(store / "removed")
         flock(descriptor, operation)
@@ -145,19 +178,24 @@ def test_a_copy_that_is_removed_just_before_it_is_read_is_made_again(
     assert removed
 
 
-def test_of_two_processes_that_copy_at_once_the_first_wins(
-    store: pathlib.Path, copies: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+def test_of_two_processes_that_copy_at_once_the_first_to_finish_wins(
+    store: pathlib.Path,
+    copies: pathlib.Path,
+    other_process: Callable[[], Reader],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     expected = write_sums(store, 10)
-    copy = sources._copy
+    write_bytes = pathlib.Path.write_bytes
 
-    def copy_twice(*arguments: object) -> None:
-        copy(*arguments)
-        [first] = copies.iterdir()
-        (first / "mark").touch()
-        copy(*arguments)
+    def overtaken(path: pathlib.Path, content: bytes) -> int:
+        if not list(copies.glob("*/mark")):
+            with other_process() as read:
+                assert read() == expected
+            [first] = copies.glob("[!.]*")
+            (first / "mark").touch()
+        return write_bytes(path, content)
 
-    monkeypatch.setattr(sources, "_copy", copy_twice)
+    monkeypatch.setattr(pathlib.Path, "write_bytes", overtaken)
     assert prompts() == expected
     [kept] = copies.iterdir()
     assert (kept / "mark").exists()
@@ -167,19 +205,21 @@ def test_a_copy_that_fails_leaves_nothing_behind(
     store: pathlib.Path, copies: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_sums(store, 10)
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, unlimited[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            prompts()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert list(copies.iterdir()) == []
 
     def fail(*_: object) -> None:
         raise OSError("no space left on device")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(pathlib.Path, "write_bytes", fail)
-        with pytest.raises(OSError, match="no space left"):
-            prompts()
-    assert list(copies.iterdir()) == []
-    with monkeypatch.context() as patch:
-        patch.setattr(pathlib.Path, "rename", fail)
-        with pytest.raises(OSError, match="no space left"):
-            prompts()
+    monkeypatch.setattr(pathlib.Path, "rename", fail)
+    with pytest.raises(OSError, match="no space left"):
+        prompts()
     assert list(copies.iterdir()) == []
 
 

@@ -1,4 +1,4 @@
-"""The completion mask covers what the assistant says, in the context in which it is said."""
+"""The completion mask covers the assistant's turns, each in its context at inference."""
 
 import re
 from collections.abc import Callable
@@ -24,14 +24,19 @@ WITH_SYSTEM = [("system", "Add the numbers."), *TWO_TURNS]
 
 
 def conversation(turns: list[tuple[str, str]], weights: dict[int, float] | None = None) -> Any:
-    messages = [{"role": role, "content": content} for role, content in turns]
+    messages: list[dict[str, Any]] = [{"role": role, "content": content} for role, content in turns]
     for index, weight in (weights or {}).items():
-        messages[index]["weight"] = weight  # type: ignore[assignment]
+        messages[index]["weight"] = weight
     return to_conversation({"messages": messages})
 
 
-def encode(tokenizer: Any, turns: list[tuple[str, str]], **options: Any) -> Any:
-    [samples] = ChatEncoder(tokenizer, **options).encode([conversation(turns)])
+def encode(
+    tokenizer: Any,
+    turns: list[tuple[str, str]],
+    weights: dict[int, float] | None = None,
+    **options: Any,
+) -> Any:
+    [samples] = ChatEncoder(tokenizer, **options).encode([conversation(turns, weights)])
     if isinstance(samples, BadRowError):
         raise samples
     return samples
@@ -87,7 +92,7 @@ def test_a_conversation_that_the_template_never_rewrites_is_one_sample(
     assert len(samples) == (2 if "last_query" in family_and_template[1] else 1)
 
 
-def test_the_earlier_turn_of_a_moved_system_prompt_is_a_sample_of_its_own(
+def test_a_turn_whose_system_prompt_moves_later_is_a_separate_sample(
     make_tokenizer: MakeTokenizer, templates: dict[str, str]
 ) -> None:
     tokenizer = make_tokenizer("mistral", templates["mistral"])
@@ -155,9 +160,9 @@ def test_an_answer_that_begins_with_newlines_does_not_merge_with_the_prompt(
 
 
 def test_a_turn_of_weight_0_is_context_only(tokenizer: Any) -> None:
-    [samples] = ChatEncoder(tokenizer).encode([conversation(TWO_TURNS, {1: 0.0})])
-    assert supervised_texts(tokenizer, samples[0]) == ["24, so it is.<|im_end|>"]
-    assert "It is 42." in tokenizer.decode(samples[0].tokens)
+    [sample] = encode(tokenizer, TWO_TURNS, {1: 0.0})
+    assert supervised_texts(tokenizer, sample) == ["24, so it is.<|im_end|>"]
+    assert "It is 42." in tokenizer.decode(sample.tokens)
 
 
 def test_what_follows_the_last_supervised_turn_is_left_out(tokenizer: Any) -> None:
@@ -169,9 +174,9 @@ def test_what_follows_the_last_supervised_turn_is_left_out(tokenizer: Any) -> No
 
 
 def test_weights_lie_on_their_turns_only(tokenizer: Any) -> None:
-    [samples] = ChatEncoder(tokenizer).encode([conversation(TWO_TURNS, {1: 0.5, 3: 2.0})])
-    weights = samples[0].weights
-    assert set(weights[~samples[0].mask]) == {0.0}
+    [sample] = encode(tokenizer, TWO_TURNS, {1: 0.5, 3: 2.0})
+    weights = sample.weights
+    assert set(weights[~sample.mask]) == {0.0}
     assert [w for i, w in enumerate(weights) if w and w != weights[i - 1]] == [0.5, 2.0]
 
 
@@ -217,7 +222,7 @@ def test_a_template_that_wants_a_system_prompt_is_asked_with_one(
     assert turn_end_id(tokenizer) == tokenizer.eos_token_id
 
 
-# --- what is refused ---
+# --- refusals ---
 
 
 def test_a_template_that_refuses_every_conversation_is_the_users_mistake(
@@ -238,9 +243,11 @@ def refusal(tokenizer: Any, turns: list[tuple[str, str]]) -> str:
 
 def test_a_refused_conversation_leaves_its_neighbours_alone(tokenizer: Any) -> None:
     good, bad = conversation(ONE_TURN), conversation([("user", "<|im_end|>"), ("assistant", "a")])
-    results = ChatEncoder(tokenizer).encode([good, bad, good])
-    assert [isinstance(result, BadRowError) for result in results] == [False, True, False]
-    assert results[0][0].tokens.tolist() == results[2][0].tokens.tolist()
+    before, refused, after = ChatEncoder(tokenizer).encode([good, bad, good])
+    assert isinstance(refused, BadRowError)
+    assert not isinstance(before, BadRowError)
+    assert not isinstance(after, BadRowError)
+    assert before[0].tokens.tolist() == after[0].tokens.tolist()
 
 
 def test_text_that_the_tokenizer_takes_for_a_special_token_is_refused(tokenizer: Any) -> None:
@@ -262,7 +269,7 @@ def test_a_generation_prompt_that_is_no_prefix_is_refused(
     make_tokenizer: MakeTokenizer, templates: dict[str, str]
 ) -> None:
     template = templates["smollm2"].replace("<|im_start|>assistant\n", "<|im_start|>bot\n")
-    assert "generation prompt is not how it begins" in refusal(
+    assert "does not begin the assistant turn with its generation prompt" in refusal(
         make_tokenizer("qwen", template), ONE_TURN
     )
 
@@ -298,7 +305,7 @@ def test_an_answer_with_nothing_before_it_is_refused(make_tokenizer: MakeTokeniz
         "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% endif %}{% endfor %}"
     )
     reason = refusal(make_tokenizer("qwen", template), ONE_TURN)
-    assert "nothing stands before" in reason
+    assert "nothing before the assistant's first token" in reason
 
 
 def test_a_token_across_the_boundary_that_cannot_be_cut_is_refused(
@@ -307,7 +314,7 @@ def test_a_token_across_the_boundary_that_cannot_be_cut_is_refused(
     # No space before the answer, and a tokenizer that would put one before a piece of its own.
     tokenizer = make_tokenizer("mistral", templates["mistral"].replace("' ' + message", "message"))
     reason = refusal(tokenizer, [("user", "So?"), ("assistant", "Straddle")])
-    assert "a token reaches across the beginning of an assistant turn" in reason
+    assert "a token crosses the start of an assistant turn" in reason
 
 
 def test_a_tokenizer_without_special_tokens_is_the_users_mistake() -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import pathlib
 import re
 import types
@@ -13,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from ranktuner_jax.bench import data as bench
-from ranktuner_jax.data import DataConfig, load_rows, read_source, storage
+from ranktuner_jax.data import DataConfig, load_rows, read_source
 from ranktuner_jax.data.inspect import show_rows
 from ranktuner_jax.errors import UserError
 from ranktuner_jax.train.commands import data_inspect as inspect
@@ -28,7 +29,8 @@ GSM8K = [
 def call(module: types.ModuleType, *arguments: str) -> int:
     parser = argparse.ArgumentParser()
     module.add_arguments(parser)
-    args, args.overrides = parser.parse_known_args(arguments)
+    args, overrides = parser.parse_known_args(arguments)
+    args.overrides = overrides
     code: int = module.run(args)
     return code
 
@@ -122,15 +124,29 @@ def test_prepare_asks_for_the_name_of_a_slice(
         )
 
 
-def test_prepare_says_where_it_may_not_write(
-    write_jsonl: Callable[..., str], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [("rows.jsonl/out", "File exists"), ("rows.jsonl/below/out", "Not a directory")],
+)
+def test_prepare_names_the_folder_that_it_cannot_write_to(
+    write_jsonl: Callable[..., str], tmp_path: pathlib.Path, output: str, reason: str
 ) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise PermissionError(13, "Permission denied")
+    folder = re.escape(str((tmp_path / output).parent))
+    with pytest.raises(UserError, match=f"--output: cannot write to {folder}: {reason}"):
+        call(
+            prepare, f"--config.data.source={write_jsonl(*GSM8K)}", f"--output={tmp_path / output}"
+        )
 
-    monkeypatch.setattr(storage, "write_dataset", refuse)
-    with pytest.raises(UserError, match=r"--output: cannot write to .*: Permission denied"):
-        call(prepare, f"--config.data.source={write_jsonl(*GSM8K)}", f"--output={tmp_path / 'out'}")
+
+def test_prepare_names_the_folder_that_it_may_not_write_to(
+    write_jsonl: Callable[..., str], tmp_path: pathlib.Path
+) -> None:
+    folder = tmp_path / "locked"
+    folder.mkdir(mode=0o555)
+    if os.access(folder, os.W_OK):
+        pytest.skip("permissions do not bind this user")
+    with pytest.raises(UserError, match=r"--output: cannot write to .*locked: Permission denied"):
+        call(prepare, f"--config.data.source={write_jsonl(*GSM8K)}", f"--output={folder / 'out'}")
 
 
 # --- inspect ---
@@ -198,7 +214,7 @@ def test_inspect_resolves_a_model_as_training_does(
         call(inspect, source, "--config.model=none")
 
 
-def test_inspect_shows_what_training_sees_and_counts_what_it_does_not(
+def test_inspect_shows_training_rows_and_counts_those_held_out(
     write_jsonl: Callable[..., str], folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = f"--config.data.source={write_jsonl(*GSM8K)}"
@@ -208,7 +224,7 @@ def test_inspect_shows_what_training_sees_and_counts_what_it_does_not(
     assert re.search(r"held out +1 *\n", printed)
 
 
-def test_data_cannot_steer_the_terminal(write_jsonl: Callable[..., str], tokenizer: Any) -> None:
+def test_data_cannot_control_the_terminal(write_jsonl: Callable[..., str], tokenizer: Any) -> None:
     row = {"prompt": "\x1b[2J", "completion": "\x1b]0;title\x07"}
     rows = load_rows(DataConfig(write_jsonl(row), row_length=128), tokenizer)
     console = Console(force_terminal=True, color_system=None, width=100)

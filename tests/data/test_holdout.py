@@ -1,6 +1,5 @@
-"""What is held out: who stays together, how much, and that nothing else decides it."""
+"""Which conversations are held out, and how many."""
 
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +24,7 @@ def texts(source: str, tokenizer: Any, split: str, **options: Any) -> list[str]:
     config = DataConfig(source, row_length=128, packing=False, **options)
     rows = load_rows(config, tokenizer, split=split)
     return [
-        tokenizer.decode([*row["tokens"], row["labels"][-1]])
+        tokenizer.decode([*row.tokens, row.labels[-1]])
         for row in map(rows.__getitem__, range(len(rows)))
     ]
 
@@ -56,9 +55,9 @@ def test_neither_the_order_of_the_rows_nor_other_rows_move_a_conversation(
 ) -> None:
     rows = sums(100)
     before = set(texts(write_jsonl(*rows), tokenizer, HOLDOUT, holdout=0.2))
-    turned = set(texts(write_jsonl(*rows[::-1]), tokenizer, HOLDOUT, holdout=0.2))
+    reversed_ = set(texts(write_jsonl(*rows[::-1]), tokenizer, HOLDOUT, holdout=0.2))
     more = set(texts(write_jsonl(*sums(105)), tokenizer, HOLDOUT, holdout=0.2))
-    assert before == turned
+    assert before == reversed_
     assert len(before - more) <= 2
 
 
@@ -78,7 +77,7 @@ def test_the_summary_counts_each_side(write_jsonl: WriteJsonl, tokenizer: Any) -
 
 
 @pytest.mark.parametrize("holdout", [-0.1, 1.5, float("nan")])
-def test_a_size_that_means_nothing_is_the_users_mistake(holdout: float) -> None:
+def test_an_invalid_size_is_the_users_mistake(holdout: float) -> None:
     with pytest.raises(UserError, match=r"data\.holdout: expected a share below 1, or a whole"):
         DataConfig(holdout=holdout)
 
@@ -110,6 +109,4 @@ def test_rows_are_packed_only_as_long_as_they_fill_a_batch(
     alone = load_rows(config, tokenizer, min_rows=len(packed) + 1)
     assert len(alone) == 12
     assert "not packed" in str(alone.summary)
-    assert json.dumps(
-        [int(row["segment_ids"].max()) for row in map(alone.__getitem__, range(12))]
-    ) == str([1] * 12)
+    assert [int(alone[i].segment_ids.max()) for i in range(12)] == [1] * 12

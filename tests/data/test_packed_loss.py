@@ -1,4 +1,4 @@
-"""Packed and padded rows give one loss: nothing is seen, and nothing learnt, across a boundary."""
+"""Packed and padded rows give the same loss: neither attention nor labels cross a boundary."""
 
 import functools
 import pathlib
@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from ranktuner_jax import losses, models
-from ranktuner_jax.data import DataConfig, load_rows
+from ranktuner_jax.data import Batch, DataConfig, load_rows
 from tests.tolerances import PACKED_GRADIENT, PACKED_LOSS
 
 
@@ -48,15 +48,15 @@ def test_packed_and_padded_rows_give_the_same_loss_and_gradients(
 
     @jax.jit  # traced once: rows of padding give the packed batch the shape of the other
     @functools.partial(jax.value_and_grad, has_aux=True)
-    def loss(params: Any, batch: dict[str, jax.Array]) -> Any:
+    def loss(params: Any, batch: Batch) -> Any:
         model = nnx.merge(graph, params)
         out = losses.fused_weighted_nll(
-            model(batch["tokens"], batch["positions"], batch["segment_ids"]),
+            model(batch.tokens, batch.positions, batch.segment_ids),
             model.unembed,
-            batch["labels"],
-            batch["mask"],
+            batch.labels,
+            batch.mask,
             weighting=losses.RankTuner(base="one"),
-            token_weights=batch["token_weights"],
+            token_weights=batch.token_weights,
         )
         return out.total, out
 

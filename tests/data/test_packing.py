@@ -1,4 +1,4 @@
-"""Best fit: nothing lost, nothing overfull, little wasted."""
+"""Best fit: no item is lost, no row is too long, and little is wasted."""
 
 import numpy as np
 import pytest

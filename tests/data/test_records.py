@@ -1,4 +1,4 @@
-"""Rows of every form become conversations, and what cannot says why."""
+"""Rows of every form become conversations, or are refused with a reason."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Every kind of source gives the same rows in the same order, and says where each one stands."""
+"""Every kind of source gives the same rows in the same order, with the origin of each."""
 
 import json
 import multiprocessing
@@ -14,8 +14,9 @@ import pyarrow.parquet
 import pytest
 
 from ranktuner_jax.data import builtin, read_source, write_dataset
-from ranktuner_jax.data.storage import cache_dir, to_record
+from ranktuner_jax.data.storage import to_record
 from ranktuner_jax.errors import UserError
+from ranktuner_jax.files import cache_dir
 
 ROWS = [{"prompt": f"{i} + {i}", "completion": str(2 * i)} for i in range(10)]
 
@@ -69,7 +70,9 @@ def test_a_tfds_name_is_found_in_its_data_dir(prepared: str, tmp_path: pathlib.P
     assert len(prompts(str(folder.parent), "test")) == 3
 
 
-def test_where_a_row_stands(write_jsonl: Callable[..., str], parquet: str, prepared: str) -> None:
+def test_rows_name_their_origin(
+    write_jsonl: Callable[..., str], parquet: str, prepared: str
+) -> None:
     path = write_jsonl(ROWS[0], "", ROWS[1])
     assert [record.where for record in read_source(path)] == [f"{path}:1", f"{path}:3"]
     assert next(iter(read_source(parquet, "train[4:]"))).where == f"{parquet}:5"
@@ -103,7 +106,7 @@ def test_a_pattern_reads_its_files_in_order(write_jsonl: Callable[..., str], tmp
     assert prompts(str(tmp_path / "part-*.jsonl"), "train[1:]") == ["1 + 1", "2 + 2"]
 
 
-def test_broken_lines_are_named_and_reading_goes_on(write_jsonl: Callable[..., str]) -> None:
+def test_broken_lines_are_named_and_reading_continues(write_jsonl: Callable[..., str]) -> None:
     path = write_jsonl('{"prompt": ', ROWS[0], "[1]", b'{"prompt": "\xff"}', "[" * 100_000)
     errors = [(record.where, record.error) for record in read_source(path)]
     assert errors[0][0] == f"{path}:1"
@@ -114,10 +117,13 @@ def test_broken_lines_are_named_and_reading_goes_on(write_jsonl: Callable[..., s
     assert errors[4][1].startswith("broken JSON: maximum recursion")
 
 
-def test_text_that_is_no_utf8_in_a_tfds_row_survives_until_it_is_reported(
+def test_invalid_utf8_in_a_tfds_row_survives_until_it_is_reported(
     tmp_path: pathlib.Path,
 ) -> None:
-    turns = [{"role": "user", "content": b"\xff"}, {"role": "assistant", "content": "4"}]
+    turns: list[dict[str, Any]] = [
+        {"role": "user", "content": b"\xff"},
+        {"role": "assistant", "content": "4"},
+    ]
     path = write_dataset(tmp_path / "bytes", {"train": [to_record(turns, {})]}, name="bytes")
     [record] = read_source(str(path))
     assert record.fields["messages"][0]["content"] == "\udcff"
@@ -189,7 +195,7 @@ def test_a_built_in_data_set_is_generated_once(
     cache: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = builtin.prepare_builtin("chain_sum")
-    monkeypatch.setitem(builtin.BUILTIN, "chain_sum", lambda: pytest.fail("generated again"))
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)  # To generate again would need it.
     assert builtin.prepare_builtin("chain_sum") == first
 
 
@@ -239,7 +245,10 @@ def _write_slowly(path: str, barrier: Any) -> None:
     write_dataset(path, {"train": records()}, name="sums")
 
 
-def test_two_processes_that_write_at_once_leave_one_whole_data_set(tmp_path: pathlib.Path) -> None:
+def test_two_processes_that_write_at_once_leave_one_whole_data_set(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(pathlib.Path(__file__).parents[2])  # For `_write_slowly` there.
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(2, timeout=60)
     path = tmp_path / "sums"

@@ -1,4 +1,4 @@
-"""A tokenizer comes from a folder, its chat template from there or from the config."""
+"""Tokenizers are loaded from a folder, chat templates from there or from the config."""
 
 import pathlib
 import types
@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 import transformers
 
-from ranktuner_jax.data import ChatEncoder, load_tokenizer
+from ranktuner_jax.data import BadRowError, ChatEncoder, load_tokenizer
 from ranktuner_jax.data.records import to_conversation
 from ranktuner_jax.errors import UserError
 
@@ -47,7 +47,7 @@ def test_a_saved_tokenizer_is_loaded(tokenizer: Any, tmp_path: pathlib.Path) -> 
 
 
 def test_the_plain_template_writes_turns_as_text_and_ends_answers_with_eos(base: str) -> None:
-    tokenizer = load_tokenizer(base, "plain")
+    tokenizer: Any = load_tokenizer(base, "plain")
     text = tokenizer.apply_chat_template(TURNS, tokenize=False)
     assert text == (tokenizer.bos_token or "") + PLAIN.format(end=tokenizer.eos_token)
     prompt = tokenizer.apply_chat_template(TURNS[:2], tokenize=False, add_generation_prompt=True)
@@ -56,14 +56,16 @@ def test_the_plain_template_writes_turns_as_text_and_ends_answers_with_eos(base:
 
 
 def test_the_plain_template_supervises_each_answer_and_its_end(base: str) -> None:
-    tokenizer = load_tokenizer(base, "plain")
-    [[sample]] = ChatEncoder(tokenizer).encode([to_conversation({"messages": TURNS})])
+    tokenizer: Any = load_tokenizer(base, "plain")
+    [samples] = ChatEncoder(tokenizer).encode([to_conversation({"messages": TURNS})])
+    assert not isinstance(samples, BadRowError)
+    [sample] = samples
     decode = tokenizer.backend_tokenizer.decode
-    said = decode(sample.tokens[sample.mask].tolist(), skip_special_tokens=False)
-    assert said == f"It is 42.{tokenizer.eos_token}24, so it is.{tokenizer.eos_token}"
+    supervised = decode(sample.tokens[sample.mask].tolist(), skip_special_tokens=False)
+    assert supervised == f"It is 42.{tokenizer.eos_token}24, so it is.{tokenizer.eos_token}"
     assert sample.tokens[-1] == tokenizer.eos_token_id
     assert sample.tokens.tolist().count(tokenizer.bos_token_id) == (tokenizer.bos_token is not None)
-    # What transformers takes for the assistant's is the same.
+    # The mask of transformers is the same.
     theirs = tokenizer.apply_chat_template(
         TURNS, return_dict=True, return_assistant_tokens_mask=True
     )

@@ -49,6 +49,6 @@ def test_a_run_takes_the_flags_that_the_page_gives_it(words: list[str]) -> None:
     load_config("smollm2_chain_sum", overrides)
 
 
-def test_every_link_leads_somewhere() -> None:
+def test_every_link_points_to_a_file() -> None:
     for path in re.findall(r"\]\((?!http)([^)]+)\)", PAGE):
         assert (ROOT / "launch" / path).exists(), path

@@ -1,4 +1,4 @@
-"""The launch scripts: what they print, and what they do where the cloud is a few lines of bash."""
+"""The launch scripts: what they print, and what they do with a cloud of a few lines of bash."""
 
 import os
 import pathlib
@@ -17,7 +17,7 @@ Fake = Callable[[str, str], None]
 
 
 @pytest.fixture
-def place(tmp_path: pathlib.Path) -> pathlib.Path:
+def repository(tmp_path: pathlib.Path) -> pathlib.Path:
     """A repository with nothing but the scripts."""
     shutil.copytree(ROOT / "launch", tmp_path / "repository" / "launch")
     return tmp_path / "repository"
@@ -25,7 +25,7 @@ def place(tmp_path: pathlib.Path) -> pathlib.Path:
 
 @pytest.fixture
 def fake(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
-    """Puts a command before all others; each call is kept as a line of `calls`."""
+    """Installs a command at the front of PATH; each call is appended to `calls` as a line."""
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
@@ -43,7 +43,7 @@ def fake(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
 def launch(
     script: pathlib.Path, *arguments: str, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    # From another folder: scripts find their own.
+    # From another folder: scripts must not depend on it.
     return subprocess.run(
         ["bash", script, *arguments],
         cwd="/",
@@ -60,22 +60,22 @@ def calls(tmp_path: pathlib.Path) -> list[str]:
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_a_script_is_valid_and_shellcheck_finds_nothing(script: pathlib.Path) -> None:
     subprocess.run(["bash", "-n", script], check=True)
-    # Where pip put it, also when the environment is not activated.
-    places = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
-    checker = shutil.which("shellcheck", path=places)
+    # Where pip installed it, also when the environment is not activated.
+    path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
+    checker = shutil.which("shellcheck", path=path)
     assert checker is not None, "shellcheck is not installed: pip install '.[test]'"
-    command = [checker, "--shell=bash", "--external-sources", f"--source-path={ROOT}", script]
+    command = [checker, "--shell=bash", "--external-sources", f"--source-path={ROOT}", str(script)]
     found = subprocess.run(command, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout
 
 
 @pytest.mark.parametrize("gpus", [False, True])
-def test_local_prints_what_it_would_do_and_does_nothing(
-    gpus: bool, place: pathlib.Path, fake: Fake
+def test_a_dry_run_of_local_prints_its_commands_and_changes_nothing(
+    gpus: bool, repository: pathlib.Path, fake: Fake
 ) -> None:
     fake("nvidia-smi", "exit 0" if gpus else "exit 9")
-    before = sorted(place.rglob("*"))
-    ran = launch(place / "launch" / "local.sh", "--dry-run", "--config=a b.py")
+    before = sorted(repository.rglob("*"))
+    ran = launch(repository / "launch" / "local.sh", "--dry-run", "--config=a b.py")
     assert ran.returncode == 0, ran.stderr
     lines = ran.stdout.splitlines()
     assert lines[0].startswith(f"{sys.executable} -m venv")
@@ -83,22 +83,27 @@ def test_local_prints_what_it_would_do_and_does_nothing(
     assert rf".venv/bin/pip install --quiet --editable .\[{extras}\] " in lines
     assert lines[-1].startswith("exec .venv/bin/ranktuner train --config=smollm2_chain_sum")
     assert lines[-1].endswith(r"--config=a\ b.py ")
-    assert sorted(place.rglob("*")) == before
+    assert sorted(repository.rglob("*")) == before
 
 
-def test_local_needs_a_python_that_is_new_enough(place: pathlib.Path, fake: Fake) -> None:
+def test_local_refuses_an_old_python(repository: pathlib.Path, fake: Fake) -> None:
     fake("python3", "exit 1")
-    ran = launch(place / "launch" / "local.sh", env={"PYTHON": "python3"})
+    ran = launch(repository / "launch" / "local.sh", env={"PYTHON": "python3"})
     assert ran.returncode == 2
     assert "ranktuner needs Python 3.11 or later" in ran.stderr
 
 
-def test_a_pod_run_is_printed_whole(
-    place: pathlib.Path, fake: Fake, tmp_path: pathlib.Path
+def test_a_dry_run_of_a_pod_prints_every_command(
+    repository: pathlib.Path, fake: Fake, tmp_path: pathlib.Path
 ) -> None:
     fake("gcloud", "exit 1")
     ran = launch(
-        place / "launch" / "tpu_pod.sh", "--dry-run", "x", "--workdir=gs://b/x", "--a=b c", env=POD
+        repository / "launch" / "tpu_pod.sh",
+        "--dry-run",
+        "x",
+        "--workdir=gs://b/x",
+        "--a=b c",
+        env=POD,
     )
     assert ran.returncode == 0, ran.stderr
     starts = (
@@ -123,22 +128,22 @@ def test_a_pod_run_is_printed_whole(
     [
         (["--workdir=gs://b/x"], "", "expected NAME --workdir=gs://BUCKET/FOLDER"),
         (["name", "--workdir=runs/x"], "", "expected NAME --workdir=gs://BUCKET/FOLDER"),
-        (["name", "--workdir=gs://b/x"], "ZONE", "ZONE: such as us-west4-a"),
-        (["name", "--workdir=gs://b/x"], "RUNTIME", "RUNTIME: the software of that TPU"),
+        (["name", "--workdir=gs://b/x"], "ZONE", "ZONE: must be set, e.g. us-west4-a"),
+        (["name", "--workdir=gs://b/x"], "RUNTIME", "RUNTIME: must be set to the TPU software"),
     ],
 )
-def test_a_pod_needs_a_name_a_bucket_and_a_kind(
-    arguments: list[str], missing: str, message: str, place: pathlib.Path, fake: Fake
+def test_a_pod_needs_a_name_a_bucket_and_a_tpu_type(
+    arguments: list[str], missing: str, message: str, repository: pathlib.Path, fake: Fake
 ) -> None:
     fake("gcloud", "exit 1")
     env = {name: value for name, value in POD.items() if name != missing}
-    ran = launch(place / "launch" / "tpu_pod.sh", *arguments, env=env)
+    ran = launch(repository / "launch" / "tpu_pod.sh", *arguments, env=env)
     assert ran.returncode
     assert message in ran.stderr
 
 
-# What the cloud does: each line of `story` is the state of the slice, and then, where that is
-# ACTIVE, the exit code of the run.
+# A fake cloud: each line of `story` is the next state of the slice; after ACTIVE comes the exit
+# code of the run.
 CLOUD = """
 case "$*" in
   *describe*)
@@ -157,36 +162,36 @@ esac
 @pytest.mark.parametrize(
     ("story", "code", "wanted"),
     [
-        # Booked, waited for, trained, deleted.
+        # Created, waited for, trained, deleted.
         (["ABSENT", "PROVISIONING", "ACTIVE", "0"], 0, ["create", "train", "delete"]),
-        # Preempted with a notice: the state was saved, the slice is gone, then comes again.
+        # Preempted with a notice: the state was saved, the slice was lost and created again.
         (
             ["ACTIVE", "75", "SUSPENDING", "SUSPENDED", "ABSENT", "ACTIVE", "0"],
             0,
             ["train", "delete", "create", "train", "delete"],
         ),
-        # Gone without one: the connection broke.
+        # Preempted without one: the connection broke.
         (
             ["ACTIVE", "255", "SUSPENDED", "ABSENT", "ACTIVE", "0"],
             0,
             ["train", "delete", "create", "train", "delete"],
         ),
-        # One worker went, the others ended with an error of their own.
+        # One worker was preempted, the others failed with errors of their own.
         (
             ["ACTIVE", "1", "SUSPENDED", "ABSENT", "ACTIVE", "0"],
             0,
             ["train", "create", "train", "delete"],
         ),
-        # A bug, and a mistake: the slice is left.
+        # A bug, and a user error: the slice is kept.
         (["ACTIVE", "1", "ACTIVE", "-"], 1, ["train"]),
         (["ACTIVE", "2", "SUSPENDED"], 2, ["train"]),
     ],
 )
-def test_a_pod_is_booked_again_until_the_run_is_finished(
+def test_a_pod_is_created_again_until_the_run_is_finished(
     story: list[str],
     code: int,
     wanted: list[str],
-    place: pathlib.Path,
+    repository: pathlib.Path,
     fake: Fake,
     tmp_path: pathlib.Path,
 ) -> None:
@@ -194,7 +199,7 @@ def test_a_pod_is_booked_again_until_the_run_is_finished(
     fake("sleep", "")
     (tmp_path / "story").write_text("".join(f"{line}\n" for line in story))
     ran = launch(
-        place / "launch" / "tpu_pod.sh",
+        repository / "launch" / "tpu_pod.sh",
         *("x", "--workdir=gs://b/x"),
         env={**POD, "STORY": str(tmp_path / "story"), "SPOT": "0"},
     )
@@ -208,8 +213,8 @@ def test_a_pod_is_booked_again_until_the_run_is_finished(
     assert ("to delete it:" in ran.stderr) == bool(code)
 
 
-def test_slurm_prints_what_it_would_do(place: pathlib.Path) -> None:
-    ran = launch(place / "launch" / "slurm.sbatch", "--dry-run", "--workdir=runs/x")
+def test_a_dry_run_of_slurm_prints_its_commands(repository: pathlib.Path) -> None:
+    ran = launch(repository / "launch" / "slurm.sbatch", "--dry-run", "--workdir=runs/x")
     assert ran.returncode == 0, ran.stderr
     lines = ran.stdout.splitlines()
     assert lines[0].endswith(".venv/bin/ranktuner train --distributed --workdir=runs/x ")
@@ -217,11 +222,11 @@ def test_slurm_prints_what_it_would_do(place: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize(("code", "requeued"), [(0, False), (1, False), (2, False), (75, True)])
-def test_slurm_goes_on_after_a_stop_and_only_then(
-    code: int, requeued: bool, place: pathlib.Path, fake: Fake, tmp_path: pathlib.Path
+def test_slurm_requeues_a_preempted_run_and_no_other(
+    code: int, requeued: bool, repository: pathlib.Path, fake: Fake, tmp_path: pathlib.Path
 ) -> None:
     fake("srun", f"exit {code}")
     fake("scontrol", "")
-    ran = launch(place / "launch" / "slurm.sbatch", "--workdir=x", env={"SLURM_JOB_ID": "7"})
+    ran = launch(repository / "launch" / "slurm.sbatch", "--workdir=x", env={"SLURM_JOB_ID": "7"})
     assert ran.returncode == (0 if requeued else code)
     assert ("scontrol requeue 7" in calls(tmp_path)) == requeued

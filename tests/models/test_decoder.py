@@ -1,6 +1,7 @@
 """The decoder: segments, windows, cache, recomputation and meshes agree with the plain call."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from ranktuner_jax import models
 from ranktuner_jax.errors import UserError
@@ -32,11 +34,14 @@ CONFIG = models.DecoderConfig(
     initializer_range=0.2,
     tie_embeddings=False,
 )
+AUTO = AxisType.Auto
+# Loss and gradients, and the bytes of temporary memory that they took.
+Differentiated = tuple[tuple[jax.Array, nnx.State], int]
 TOKENS = np.random.default_rng(0).integers(0, 37, (2, 10)).astype(np.int32)
 
 
 def make_mesh(*shape: int) -> Mesh:
-    return jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AUTO,) * 3)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +50,7 @@ def model() -> models.Decoder:
 
 
 @nnx.jit
-def call(model: models.Decoder, *args, **kwargs):
+def call(model: models.Decoder, *args: Any, **kwargs: Any) -> Any:
     return model(*args, **kwargs)
 
 
@@ -95,7 +100,7 @@ def test_decoding_with_a_cache_matches_the_whole_row(model: models.Decoder, side
     traces = 0
 
     @jax.jit
-    def step(tokens, segment_ids, cache):
+    def step(tokens: jax.Array, segment_ids: jax.Array, cache: models.Cache) -> Any:
         nonlocal traces
         traces += 1
         return model(tokens, segment_ids=segment_ids, cache=cache)
@@ -115,15 +120,15 @@ def test_decoding_with_a_cache_matches_the_whole_row(model: models.Decoder, side
 
 
 @pytest.fixture(scope="module")
-def plain() -> tuple[tuple[jax.Array, nnx.State], int]:
-    """Loss and gradients on one device, everything stored; and the memory that took."""
+def plain() -> Differentiated:
+    """On one device, everything stored."""
     return differentiate(models.Decoder(CONFIG, rngs=nnx.Rngs(0)))
 
 
-def differentiate(model: models.Decoder) -> tuple[tuple[jax.Array, nnx.State], int]:
+def differentiate(model: models.Decoder) -> Differentiated:
     graph, params = nnx.split(model, nnx.Param)
     tokens: np.ndarray | jax.Array = np.concatenate([TOKENS] * 4)
-    options = {}
+    options: dict[str, Any] = {}
     if (mesh := model.mesh) is not None:
         shardings = models.param_shardings(params, mesh)
         params = jax.device_put(params, shardings)
@@ -132,11 +137,15 @@ def differentiate(model: models.Decoder) -> tuple[tuple[jax.Array, nnx.State], i
         options["out_shardings"] = (NamedSharding(mesh, PartitionSpec()), shardings)
     step = jax.jit(jax.value_and_grad(loss), static_argnums=1, **options)
     compiled = step.lower(params, graph, tokens).compile()
-    return compiled(params, tokens), compiled.memory_analysis().temp_size_in_bytes
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    return compiled(params, tokens), memory.temp_size_in_bytes
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
-def test_recomputation_leaves_loss_and_gradients_as_they_are(remat: str, plain) -> None:
+def test_recomputation_leaves_loss_and_gradients_as_they_are(
+    remat: str, plain: Differentiated
+) -> None:
     got, memory = differentiate(models.Decoder(CONFIG, rngs=nnx.Rngs(0), remat=remat))
     expected, most = plain
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **F32), got, expected)
@@ -157,7 +166,9 @@ def test_recomputation_repeats_the_matrix_products_that_it_says() -> None:
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 1, 8)])
-def test_loss_and_gradients_do_not_depend_on_the_mesh(shape: tuple[int, int, int], plain) -> None:
+def test_loss_and_gradients_do_not_depend_on_the_mesh(
+    shape: tuple[int, int, int], plain: Differentiated
+) -> None:
     model = models.Decoder(CONFIG, rngs=nnx.Rngs(0), mesh=make_mesh(*shape))
     got, _ = differentiate(model)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **F32), got, plain[0])
@@ -191,17 +202,50 @@ def test_axes_that_do_not_divide_stay_whole() -> None:
     )
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("mesh", "vocab_multiple", "expected"),
+    [
+        (None, 1, (None, None)),
+        ({"data": 2, "fsdp": 4}, 1, (None, "fsdp")),
+        ({"fsdp": 2, "tensor": 4}, 4, ("tensor", "fsdp")),
+        ({"tensor": 8}, 8, ("tensor", None)),
+        ({"fsdp": 2, "tensor": 4}, 1, (None, "fsdp")),  # 4 does not divide 37 rows.
+        ({"fsdp": 2, "tensor": 4}, 3, (None, "fsdp")),  # Nor 39.
+    ],
+)
+def test_unembed_spec_is_where_the_unembedding_lies(
+    mesh: dict[str, int] | None,
+    vocab_multiple: int,
+    expected: tuple[str | None, ...],
+    tied: bool,
+) -> None:
+    devices = None
+    if mesh is not None:
+        devices = jax.make_mesh(tuple(mesh.values()), tuple(mesh), axis_types=(AUTO,) * len(mesh))
+    config = dataclasses.replace(CONFIG, vocab_multiple=vocab_multiple, tie_embeddings=tied)
+    model = models.Decoder(config, rngs=nnx.Rngs(0), mesh=devices)
+    assert model.unembed_spec == PartitionSpec(*expected)
+    if devices is not None:
+        shardings = models.param_shardings(nnx.state(model, nnx.Param), devices)
+        assert shardings["embed" if tied else "head"].get_value().spec == model.unembed_spec
+        placed = jax.device_put(model.unembed, NamedSharding(devices, model.unembed_spec))
+        np.testing.assert_array_equal(placed, model.unembed)
+
+
 def test_padded_rows_are_zero_and_outside_the_logits() -> None:
     config = dataclasses.replace(CONFIG, vocab_multiple=8)
     model = models.Decoder(config, rngs=nnx.Rngs(0))
     assert model.unembed.shape == (40, 32)
     assert model.vocab_size == 37
     assert not np.asarray(model.unembed[37:]).any()
-    assert model.logits(model(TOKENS)).shape == (2, 10, 37)
+    assert model.logits(model(jnp.asarray(TOKENS))).shape == (2, 10, 37)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_linear_has_the_gradients_of_a_plain_product(dtype, rng: np.random.Generator) -> None:
+def test_linear_has_the_gradients_of_a_plain_product(
+    dtype: DTypeLike, rng: np.random.Generator
+) -> None:
     x = rng.normal(size=(2, 5, 3)).astype(np.float32)
     kernel = rng.normal(size=(4, 3)).astype(np.float32)
     g = rng.normal(size=(2, 5, 4)).astype(np.float32)
@@ -223,7 +267,7 @@ def test_norms_are_rounded_once() -> None:
     model = models.Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
     x = np.asarray(model.embed[...].astype(jnp.bfloat16), np.float32)[TOKENS]
     exact = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + config.norm_eps)
-    same = np.asarray(model(TOKENS)) == exact.astype(jnp.bfloat16)
+    same = np.asarray(model(jnp.asarray(TOKENS))) == exact.astype(jnp.bfloat16)
     assert same.mean() > 0.99
 
 
@@ -231,9 +275,9 @@ def test_norms_are_rounded_once() -> None:
 def test_linear_differentiates_inside_shard_map(check_vma: bool, rng: np.random.Generator) -> None:
     x = rng.normal(size=(8, 2, 3)).astype(np.float32)
     kernel = rng.normal(size=(4, 3)).astype(np.float32)
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AUTO,))
 
-    def gradient(kernel, x):
+    def gradient(kernel: jax.Array, x: jax.Array) -> jax.Array:
         dkernel = jax.grad(lambda k: jnp.sum(linear(x, k) ** 2))(kernel)
         # With check_vma, the transpose of replication has summed already.
         return dkernel if check_vma else jax.lax.psum(dkernel, "data")
@@ -249,7 +293,8 @@ def test_linear_differentiates_inside_shard_map(check_vma: bool, rng: np.random.
 
 
 def test_attention_is_chosen_by_device_length_and_type() -> None:
-    def choose(requested: str, length: int = 256, dtype=jnp.bfloat16) -> str:
+    def choose(requested: str, length: int = 256) -> str:
+        dtype = jnp.dtype(jnp.bfloat16)
         return choose_implementation(requested, length=length, dtype=dtype, mesh=None)
 
     assert choose("auto") == "xla"

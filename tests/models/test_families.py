@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 from flax import nnx
 from safetensors.numpy import load_file
 
@@ -48,6 +49,49 @@ def test_saving_and_loading_gives_the_same_folder(case: str, tmp_path: pathlib.P
         np.testing.assert_array_equal(written[name], value)
 
 
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_a_family_is_the_one_that_transformers_has_under_its_name(name: str) -> None:
+    theirs = transformers.AutoConfig.for_model(name)
+    config = models.DecoderConfig.from_hf(theirs)
+    assert config.family == name
+    written = config.to_hf()
+    assert type(written) is type(theirs)
+    class_name = type(theirs).__name__.removesuffix("Config") + "ForCausalLM"
+    assert written.architectures == [class_name]
+    assert models.DecoderConfig.from_hf(written) == config
+
+
+def test_every_family_has_a_tiny_checkpoint() -> None:
+    assert {model_type for model_type, _ in tiny.CASES.values()} == set(models.FAMILIES)
+
+
+def test_what_a_family_has_not_is_neither_read_nor_written() -> None:
+    # As in transformers, whose Mistral has no biases and whose Llama no window.
+    options = {"attention_bias": True, "mlp_bias": True, "sliding_window": 4}
+
+    def read(name: str) -> models.DecoderConfig:
+        return models.DecoderConfig.from_hf(transformers.AutoConfig.for_model(name, **options))
+
+    llama, mistral = read("llama"), read("mistral")
+    assert (llama.qkv_bias, llama.output_bias, llama.mlp_bias, llama.windows) == (True,) * 3 + ((),)
+    assert (mistral.qkv_bias, mistral.output_bias, mistral.mlp_bias) == (False,) * 3
+    assert mistral.windows == (4,) * mistral.num_layers
+    assert "sliding_window" not in llama.to_hf().to_dict()
+    assert "attention_bias" not in mistral.to_hf().to_dict()
+
+
+def test_turn_ends_are_those_of_all_families_each_once() -> None:
+    assert models.turn_ends() == (
+        "<|im_end|>",
+        "<|eot_id|>",
+        "<|endoftext|>",
+        "<|end_of_text|>",
+        "</s>",
+    )
+    for family in models.FAMILIES.values():
+        assert set(family.turn_ends) <= set(models.turn_ends())
+
+
 @pytest.mark.parity
 @pytest.mark.parametrize("case", tiny.CASES)
 def test_transformers_agrees_in_both_directions(case: str, tmp_path: pathlib.Path) -> None:
@@ -69,7 +113,7 @@ def test_transformers_agrees_in_both_directions(case: str, tmp_path: pathlib.Pat
 def test_bfloat16_stays_near_float32(case: str, tmp_path: pathlib.Path) -> None:
     tiny.write_checkpoint(case, tmp_path)
     model = models.load_pretrained(tmp_path, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
-    hidden = model(tiny.TOKENS)
+    hidden = model(jnp.asarray(tiny.TOKENS))
     assert hidden.dtype == jnp.bfloat16
     assert model.logits(hidden).dtype == jnp.float32
     golden = np.load(GOLDEN / f"{case}.npz")["logits"]

@@ -1,12 +1,14 @@
 """Folders in and out: what is refused, what is kept, and how much memory it takes."""
 
-import concurrent.futures
+import contextlib
 import errno
 import json
 import pathlib
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from ranktuner_jax import models
 from ranktuner_jax.errors import UserError
-from ranktuner_jax.models import pretrained, rope
+from ranktuner_jax.models import rope
 from tests.models import tiny
 
 
@@ -30,9 +32,20 @@ def folder(tmp_path: pathlib.Path) -> pathlib.Path:
     return path
 
 
-def edit_config(folder: pathlib.Path, **changes) -> None:
+def edit_config(folder: pathlib.Path, **changes: Any) -> None:
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@contextlib.contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """While it lasts, the system refuses to let any file grow beyond `size` bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_missing_surplus_and_misshapen_tensors_are_all_listed(folder: pathlib.Path) -> None:
@@ -88,7 +101,7 @@ def test_yarn_scales_attention_as_its_settings_say() -> None:
     settings = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
     position = jnp.zeros((1, 1), jnp.int32)
 
-    def scaling(**more) -> float:
+    def scaling(**more: float) -> float:
         config = models.RopeConfig.from_parameters(settings | more)
         return float(rope.rotary_tables(config, position, 8, 64)[0][0, 0, 0])
 
@@ -107,7 +120,9 @@ def test_yarn_scales_attention_as_its_settings_say() -> None:
         ({"beta_fast": 16, "beta_slow": 2}, [0.023717, 0.005, 0.00079057]),
     ],
 )
-def test_yarn_frequencies_are_those_of_transformers(settings: dict, middle: list[float]) -> None:
+def test_yarn_frequencies_are_those_of_transformers(
+    settings: dict[str, Any], middle: list[float]
+) -> None:
     known = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
     config = models.RopeConfig.from_parameters(known | settings)
     cos, sin = rope.rotary_tables(config, jnp.ones((1, 1), jnp.int32), 16, 8192)
@@ -135,7 +150,7 @@ def test_folders_that_are_no_model_are_refused(folder: pathlib.Path) -> None:
 def test_a_hub_id_that_cannot_be_fetched_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
-    def offline(*args, **kwargs):
+    def offline(*args: object, **kwargs: object) -> None:
         raise huggingface_hub.errors.LocalEntryNotFoundError("cannot find\nthe snapshot")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
@@ -175,7 +190,7 @@ def test_loading_onto_a_mesh_pads_the_vocabulary_and_saving_drops_it(folder: pat
 def test_the_file_is_the_one_that_safetensors_would_write(
     folder: pathlib.Path, axes: tuple[str, ...], dtype: jnp.dtype
 ) -> None:
-    sizes = {0: (), 1: (8,), 2: (2, 4)}[len(axes)]
+    sizes = ((), (8,), (2, 4))[len(axes)]
     mesh = jax.make_mesh(sizes, axes, axis_types=(AxisType.Auto,) * len(axes)) if axes else None
     model = models.load_pretrained(folder, mesh=mesh, param_dtype=dtype)
     models.save_pretrained(model, folder.parent / "out")
@@ -187,14 +202,10 @@ def test_the_file_is_the_one_that_safetensors_would_write(
 def test_saving_where_the_system_refuses_is_an_os_error_and_leaves_nothing(
     folder: pathlib.Path,
 ) -> None:
-    model, limits = models.load_pretrained(folder), resource.getrlimit(resource.RLIMIT_FSIZE)
+    model = models.load_pretrained(folder)
     before = sorted(folder.parent.iterdir())
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # No file may grow beyond this.
-    try:
-        with pytest.raises(OSError, match="File too large") as error:
-            models.save_pretrained(model, folder.parent / "out")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with file_size_limit(4096), pytest.raises(OSError, match="File too large") as error:
+        models.save_pretrained(model, folder.parent / "out")
     assert error.value.errno == errno.EFBIG
     assert sorted(folder.parent.iterdir()) == before
 
@@ -238,7 +249,9 @@ def test_saving_names_the_template_and_where_generation_ends(
     if known is None:  # Then the model's config is what transformers goes by.
         assert (written["eos_token_id"], written["pad_token_id"]) == ([2, 7], 0)
     else:
-        assert written == theirs | {"eos_token_id": sorted({7, *([2] if known == 2 else known)})}
+        assert written == theirs | {
+            "eos_token_id": sorted({7, *(known if isinstance(known, list) else [known])})
+        }
 
 
 def test_several_tokens_may_end_a_text(folder: pathlib.Path) -> None:
@@ -249,9 +262,7 @@ def test_several_tokens_may_end_a_text(folder: pathlib.Path) -> None:
     assert json.loads((folder.parent / "out" / "config.json").read_text())["eos_token_id"] == [2, 5]
 
 
-def test_nothing_is_overwritten_and_nothing_is_half_written(
-    folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_overwritten_and_nothing_is_half_written(folder: pathlib.Path) -> None:
     model = models.load_pretrained(folder)
     with pytest.raises(UserError, match="exists already; give a new path"):
         models.save_pretrained(model, folder)
@@ -259,32 +270,25 @@ def test_nothing_is_overwritten_and_nothing_is_half_written(
     with pytest.raises(UserError, match="cannot be written"):
         models.save_pretrained(model, folder.parent / "file" / "out")
 
-    def fail(*args, **kwargs):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(type(model.config), "to_hf", fail)  # The weights are written by then.
-    with pytest.raises(OSError, match="disk full"):
-        models.save_pretrained(model, folder.parent / "out")
+    # The weights fit, and are written first; the tokenizer does not.
+    weights = (folder / "model.safetensors").stat().st_size
+    (folder / "tokenizer.json").write_bytes(bytes(2 * weights))
+    with file_size_limit(weights + 4096), pytest.raises(OSError, match="File too large") as error:
+        models.save_pretrained(model, folder.parent / "out", tokenizer_from=folder)
+    assert "tokenizer.json" in str(error.value)
     assert sorted(p.name for p in folder.parent.iterdir()) == ["file", "model"]
 
 
-def test_several_processes_may_convert_at_once(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("variable", ["RANKTUNER_CACHE", "HOME"])
+def test_the_cache_lies_where_the_environment_says(
+    variable: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(
-        pretrained._EMBEDDED, "toy", lambda path: (path / "config.json").write_text("{}")
-    )
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        folders = list(pool.map(lambda _: models.resolve("toy", tmp_path), range(8)))
-    assert set(folders) == {tmp_path / "models" / "toy"}
-    assert [p.name for p in (tmp_path / "models").iterdir()] == ["toy"]
-
-
-def test_the_cache_lies_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANKTUNER_CACHE", "/somewhere")
-    assert models.default_cache_dir() == pathlib.Path("/somewhere")
-    monkeypatch.delenv("RANKTUNER_CACHE")
-    assert models.default_cache_dir() == pathlib.Path("~/.cache/ranktuner_jax").expanduser()
+    monkeypatch.delenv("RANKTUNER_CACHE", raising=False)
+    monkeypatch.setenv(variable, str(tmp_path))
+    cache = tmp_path / ".cache" / "ranktuner_jax" if variable == "HOME" else tmp_path
+    converted = cache / "models" / "smollm2-135m"
+    converted.mkdir(parents=True)
+    assert models.resolve("smollm2-135m") == converted
 
 
 def test_loading_holds_one_shard_and_one_tensor_beside_the_model() -> None:

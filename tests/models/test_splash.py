@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,11 @@ import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
-from ranktuner_jax.models.attention import Places, attend
+from ranktuner_jax.models.attention import TokenPositions, attend
 from tests.tolerances import F32
+
+# Queries, keys and values, and which tokens they are of.
+Problem = tuple[jax.Array, jax.Array, jax.Array, TokenPositions]
 
 # In a process of its own: libtpu reads its settings when jax is imported.
 PROGRAM = """
@@ -78,25 +82,25 @@ def test_auto_attention_is_splash_on_tpu(length: int, runs: bool) -> None:
 
 
 @pytest.fixture
-def problem(rng: np.random.Generator) -> tuple[tuple[jax.Array, ...], Places]:
+def problem(rng: np.random.Generator) -> Problem:
     """Queries, keys and values of two packed rows; two queries share each key."""
     q, k, v = (rng.normal(size=(2, 256, heads, 64)).astype(np.float32) for heads in (4, 2, 2))
     segments = np.repeat([[1, 2, 3, 0], [1, 1, 2, 2]], [70, 50, 100, 36], axis=1)
     starts = np.concatenate([np.ones((2, 1), bool), segments[:, 1:] != segments[:, :-1]], axis=1)
     index = np.arange(256)[None]
     positions = index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)
-    places = Places(jnp.asarray(positions, jnp.int32), jnp.asarray(segments, jnp.int32))
-    return tuple(map(jnp.asarray, (q, k, v))), places
+    tokens = TokenPositions(jnp.asarray(positions, jnp.int32), jnp.asarray(segments, jnp.int32))
+    return jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), tokens
 
 
-def run(problem, implementation: str, window: int | None) -> np.ndarray:
-    arrays, places = problem
-    return np.asarray(attend(*arrays, places, places, window=window, implementation=implementation))
+def run(problem: Problem, implementation: str, window: int | None) -> np.ndarray:
+    q, k, v, tokens = problem
+    return np.asarray(attend(q, k, v, tokens, tokens, window=window, implementation=implementation))
 
 
 @pytest.mark.parametrize("window", [None, 20])
 def test_splash_attention_computes_what_xla_does(
-    problem, window: int | None, monkeypatch: pytest.MonkeyPatch
+    problem: Problem, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interpreted = functools.partial(splash_attention_kernel.make_splash_mha, interpret=True)
     monkeypatch.setattr(splash_attention_kernel, "make_splash_mha", interpreted)
@@ -106,11 +110,11 @@ def test_splash_attention_computes_what_xla_does(
 
 @pytest.mark.parametrize("window", [None, 20])
 def test_cudnn_attention_is_asked_for_what_xla_does(
-    problem, window: int | None, monkeypatch: pytest.MonkeyPatch
+    problem: Problem, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = jax.nn.dot_product_attention
 
-    def stand_in(*args, implementation: str, **kwargs) -> jax.Array:
+    def stand_in(*args: Any, implementation: str, **kwargs: Any) -> jax.Array:
         assert implementation == "cudnn"
         return real(*args, implementation="xla", **kwargs)
 

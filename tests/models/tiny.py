@@ -1,6 +1,5 @@
 """Tiny checkpoints of every family, with every option on and weights from a seed."""
 
-import json
 import pathlib
 import zlib
 from typing import Any
@@ -9,6 +8,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from ranktuner_jax.models.config import DecoderConfig
+from ranktuner_jax.models.families import FAMILIES
 from ranktuner_jax.models.hf import tensor_names
 
 _SHAPE = {
@@ -99,11 +99,9 @@ def hf_config(case: str) -> Any:
 def write_checkpoint(case: str, folder: pathlib.Path) -> DecoderConfig:
     """A Hugging Face folder (no tokenizer) of a case."""
     hf = hf_config(case)
-    hf.save_pretrained(folder)
-    text = json.loads((folder / "config.json").read_text())
-    text["architectures"] = [DecoderConfig.from_hf(hf).to_hf().architectures[0]]
-    (folder / "config.json").write_text(json.dumps(text))
     config = DecoderConfig.from_hf(hf)
+    hf.architectures = [FAMILIES[config.family].architecture]
+    hf.save_pretrained(folder)
     tensors = {name: tensor(name, shape) for name, (_, _, shape) in tensor_names(config).items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return config

@@ -4,10 +4,12 @@ import json
 import pathlib
 from collections.abc import Callable, Iterator
 
+import jax
 import pytest
 import tokenizers
 import transformers
 from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
 
 from ranktuner_jax import models
 from ranktuner_jax.train import TrainConfig, load_config
@@ -29,7 +31,7 @@ def get_config():
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A Hugging Face folder: two layers, random weights, one token a byte."""
+    """A Hugging Face folder: two layers, random weights, one token per byte."""
     folder = tmp_path_factory.mktemp("tiny")
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*SPECIAL, *alphabet])}
@@ -59,7 +61,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def sums(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A path with a place for the split: 40 sums to train on, 8 held out."""
+    """A path with `{split}` in it: 40 sums to train on, 8 held out."""
     folder = tmp_path_factory.mktemp("sums")
     questions = [(a, b) for a in range(8) for b in range(6)]
     for split, chosen in (("train", questions[:40]), ("test", questions[40:])):
@@ -74,7 +76,7 @@ def sums(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keeps the tests out of the user's cache, in this process and in those that it starts."""
+    """A cache of the tests' own, in this process and in those that it starts."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RANKTUNER_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -109,3 +111,19 @@ def tiny_config(tiny_config_file: pathlib.Path) -> Callable[..., TrainConfig]:
         return load_config(str(tiny_config_file), arguments)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The runs of these tests share few programs, each of which is compiled once."""
+    wanted = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in wanted}
+    for settings in (wanted, before):
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if settings is wanted:
+            yield

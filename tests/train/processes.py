@@ -19,14 +19,14 @@ def start(
     env: Mapping[str, str] | None = None,
     own: Sequence[str] | None = None,
 ) -> list[subprocess.Popen[str]]:
-    """Starts `ranktuner train` in each process; a free port makes them find each other.
+    """Starts `ranktuner train` in each of several processes, which connect over a free port.
 
     Args:
       arguments: What follows `ranktuner train`.
-      processes: How many.
+      processes: The number of processes.
       devices: Fake CPU devices of each.
-      env: Further variables of their environment.
-      own: A further argument of each.
+      env: Further environment variables.
+      own: One further argument for each process.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -36,8 +36,8 @@ def start(
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         **(env or {}),
     }
-    place = [f"--coordinator=localhost:{port}", f"--processes={processes}"]
-    command = [sys.executable, "-m", "ranktuner_jax.cli", "train", *arguments, *place]
+    cluster = [f"--coordinator=localhost:{port}", f"--processes={processes}"]
+    command = [sys.executable, "-m", "ranktuner_jax.cli", "train", *arguments, *cluster]
     return [
         subprocess.Popen(
             [*command, f"--process={process}", *(own[process : process + 1] if own else ())],
@@ -63,6 +63,6 @@ def wait(processes: Sequence[subprocess.Popen[str]], timeout: float) -> list[tup
             _, stderr = process.communicate()
         return process.returncode, stderr
 
-    # All are read at once: one whose pipe is full would keep the others waiting for it.
+    # Read concurrently: a process whose pipe is full blocks, and the others wait for it.
     with concurrent.futures.ThreadPoolExecutor(len(processes)) as pool:
         return list(pool.map(end, processes))

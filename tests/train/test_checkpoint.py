@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved, what is kept, whose folder it is."""
+"""Checkpoints: what is saved and kept, which are restored, and which workdirs are accepted."""
 
 import importlib.metadata
 import json
@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax.training.train_state import TrainState
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ranktuner_jax.errors import RunError, UserError
@@ -24,23 +23,27 @@ from ranktuner_jax.train import (
     Checkpoints,
     MeshConfig,
     TrainConfig,
-    checkpoint,
-    claim_workdir,
+    TrainState,
     make_mesh,
 )
+from ranktuner_jax.train.saving.checksums import checksums
+from ranktuner_jax.train.saving.workdir import claim_workdir
 
 
 def make_state(value: float) -> TrainState:
-    # The last parameter exists to show that its type survives.
+    # A second dtype, to be restored as it was.
     params = {"w": jnp.full((3, 2), value), "b": jnp.full(2, value, jnp.bfloat16)}
-    state = TrainState.create(apply_fn=lambda params: params, params=params, tx=optax.adam(1e-3))
+    # Neither apply_fn nor graphdef is saved.
+    state = TrainState.create(
+        apply_fn=lambda params: params, params=params, tx=optax.adam(1e-3), graphdef=None
+    )
     return state.replace(step=jnp.asarray(int(value), jnp.int32))
 
 
 PARAMS = make_state(0.0).params
 
 
-def test_a_state_comes_back_with_its_data_position(tmp_path: pathlib.Path) -> None:
+def test_a_state_is_restored_with_its_data_position(tmp_path: pathlib.Path) -> None:
     checkpoints = Checkpoints(tmp_path, CheckpointConfig(), run={"seed": 7}, params=PARAMS)
     checkpoints.save(3, make_state(3.0), {"next_row": 48})
     checkpoints.wait()
@@ -55,7 +58,8 @@ def test_a_state_comes_back_with_its_data_position(tmp_path: pathlib.Path) -> No
     restored = found.state
     assert fresh.params["w"].is_deleted()
     expected = make_state(3.0)
-    assert jax.tree.structure(restored.opt_state) == jax.tree.structure(expected.opt_state)
+    structures = {jax.tree.structure(state.opt_state) for state in (restored, expected)}
+    assert len(structures) == 1
     for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(expected), strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
@@ -64,8 +68,8 @@ def test_a_state_comes_back_with_its_data_position(tmp_path: pathlib.Path) -> No
     assert saved["versions"]["jax"] == jax.__version__
 
 
-def test_what_is_saved_is_the_state_at_that_moment(tmp_path: pathlib.Path) -> None:
-    # Large enough that writing is still under way while the donated buffers are filled anew.
+def test_a_checkpoint_holds_the_state_at_the_time_of_the_save(tmp_path: pathlib.Path) -> None:
+    # Large enough that the donated buffers are overwritten while the save is still writing.
     overwrite = jax.jit(lambda params: jax.tree.map(jnp.negative, params), donate_argnums=0)
     state = make_state(3.0).replace(params={"w": jnp.full((1 << 22,), 3.0)})
     checkpoints = Checkpoints(tmp_path, CheckpointConfig(), run={}, params=state.params)
@@ -80,12 +84,11 @@ def test_what_is_saved_is_the_state_at_that_moment(tmp_path: pathlib.Path) -> No
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_an_array_larger_than_what_is_written_at_once_is_saved(
-    asynchronous: bool, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+def test_an_array_larger_than_the_write_limit_is_saved(
+    asynchronous: bool, tmp_path: pathlib.Path
 ) -> None:
-    monkeypatch.setattr(checkpoint, "_WRITE_GIGABYTES", 1e-9)
     state, config = make_state(3.0), CheckpointConfig(asynchronous=asynchronous)
-    checkpoints = Checkpoints(tmp_path, config, run={}, params=state.params)
+    checkpoints = Checkpoints(tmp_path, config, run={}, params=state.params, write_gigabytes=1e-9)
     checkpoints.save(3, state, {})
     checkpoints.wait()
     restored = checkpoints.restore(make_state(0.0)).state
@@ -93,7 +96,7 @@ def test_an_array_larger_than_what_is_written_at_once_is_saved(
     np.testing.assert_array_equal(np.asarray(restored.params["w"]), np.asarray(state.params["w"]))
 
 
-def test_the_newest_and_every_nth_are_kept(tmp_path: pathlib.Path) -> None:
+def test_the_newest_and_every_nth_checkpoint_are_kept(tmp_path: pathlib.Path) -> None:
     config = CheckpointConfig(keep_last=2, keep_every=4)
     checkpoints = Checkpoints(tmp_path, config, run={}, params=PARAMS)
     for step in range(1, 8):
@@ -104,31 +107,33 @@ def test_the_newest_and_every_nth_are_kept(tmp_path: pathlib.Path) -> None:
     checkpoints.close()
 
 
-def test_a_workdir_is_claimed_late_and_refuses_another_config(tmp_path: pathlib.Path) -> None:
+def test_only_a_claimed_workdir_refuses_another_config(tmp_path: pathlib.Path) -> None:
     workdir = tmp_path / "runs" / "x"
     claim_workdir(workdir, TrainConfig(seed=1))
     claim = claim_workdir(workdir, TrainConfig(seed=2))
     assert list(workdir.iterdir()) == []
     claim()
     claim_workdir(workdir, TrainConfig(seed=2))
-    with pytest.raises(UserError, match=r"another config \(seed: 2, now 3\); take another"):
+    with pytest.raises(UserError, match=r"another config \(seed: 2, now 3\); use another"):
         claim_workdir(workdir, TrainConfig(seed=3))
     assert json.loads((workdir / "config.json").read_text())["seed"] == 2
 
 
-def test_a_workdir_that_cannot_be_written_is_named(tmp_path: pathlib.Path) -> None:
+def test_a_workdir_that_cannot_be_written_is_reported(tmp_path: pathlib.Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="--workdir: expected a folder that can be written, got"):
+    with pytest.raises(UserError, match="--workdir: expected a writable folder, got"):
         claim_workdir(tmp_path / "file" / "run", TrainConfig())
 
 
-def test_a_workdir_with_a_torn_config_is_named(tmp_path: pathlib.Path) -> None:
+def test_a_workdir_with_a_truncated_config_is_reported(tmp_path: pathlib.Path) -> None:
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="--workdir: expected a config in"):
+    with pytest.raises(UserError, match="--workdir: expected the config of a run at"):
         claim_workdir(tmp_path, TrainConfig())
 
 
-def test_a_run_may_go_on_with_another_mesh_and_other_checkpoints(tmp_path: pathlib.Path) -> None:
+def test_a_run_may_resume_with_another_mesh_and_other_checkpoint_settings(
+    tmp_path: pathlib.Path,
+) -> None:
     claim_workdir(tmp_path, TrainConfig())()
     mesh, kept = MeshConfig(data=2, fsdp=4), CheckpointConfig(every_steps=9)
     claim_workdir(tmp_path, TrainConfig(mesh=mesh, checkpoint=kept))()
@@ -162,7 +167,7 @@ DAMAGE = [
 
 
 def random_state(seed: int) -> TrainState:
-    """Arrays that do not compress to nothing, so that bytes of them can be damaged."""
+    """Arrays that do not compress, so that damaged bytes of a file damage their values."""
     state = make_state(float(seed))
     values = jax.random.normal(jax.random.key(seed), (64, 32))
     return state.replace(params={"w": values, "b": jnp.ones(2, jnp.bfloat16)})
@@ -189,7 +194,7 @@ def assert_equal(a: TrainState, b: TrainState) -> None:
 
 
 @pytest.mark.parametrize(("how", "where"), DAMAGE)
-def test_a_broken_checkpoint_is_set_aside_for_the_one_before(
+def test_a_broken_checkpoint_is_moved_away_and_the_one_before_is_restored(
     how: Callable[[pathlib.Path], None],
     where: str,
     two_saved: pathlib.Path,
@@ -208,15 +213,15 @@ def test_a_broken_checkpoint_is_set_aside_for_the_one_before(
     assert_equal(found.state, random_state(2))
     assert (found.step, found.data) == (2, {"next_row": 16})
     assert re.fullmatch(
-        r"checkpoint 4 is broken \(.+\); going on from checkpoint 2", found.notes[0]
+        r"checkpoint 4 is broken \(.+\); restoring checkpoint 2 instead", found.notes[0]
     )
     aside = workdir / "broken" / "4"
-    assert found.notes[1:] == [f"what is broken is now in {aside.parent}"]
+    assert found.notes[1:] == [f"moved broken checkpoints to {aside.parent}"]
     kept = {path.name: path.read_bytes() for path in aside.rglob("*") if path.is_file()}
     assert kept == before
     assert checkpoints.steps == [2]
 
-    # The run comes to the same step again.
+    # The resumed run saves the same step again.
     checkpoints.save(4, random_state(4), {"next_row": 32})
     checkpoints.close()
     again = reopen(workdir)
@@ -226,7 +231,9 @@ def test_a_broken_checkpoint_is_set_aside_for_the_one_before(
     assert (found.step, found.notes) == (4, [])
 
 
-def test_the_line_says_what_is_broken(two_saved: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_the_message_names_the_broken_array(
+    two_saved: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
     workdir = tmp_path / "run"
     shutil.copytree(two_saved, workdir)
     flip_a_bit(
@@ -234,15 +241,15 @@ def test_the_line_says_what_is_broken(two_saved: pathlib.Path, tmp_path: pathlib
     )
     checkpoints = reopen(workdir, read_only=True)
     note = checkpoints.restore(random_state(0)).notes[0]
-    assert "(params.w is not what was saved)" in note
-    with pytest.raises(UserError, match=r"4: params\.w is not what was saved"):
+    assert "(wrong checksum of params.w)" in note
+    with pytest.raises(UserError, match=r"4: wrong checksum of params\.w"):
         checkpoints.restore(random_state(0), 4)
     checkpoints.close()
     assert not (workdir / "broken").exists()
     assert (workdir / "checkpoints" / "4").exists()
 
 
-def test_no_whole_checkpoint_is_an_error_and_nothing_is_touched(
+def test_without_a_whole_checkpoint_restore_fails_and_changes_no_files(
     two_saved: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     workdir = tmp_path / "run"
@@ -250,7 +257,7 @@ def test_no_whole_checkpoint_is_an_error_and_nothing_is_touched(
     for path in workdir.glob("checkpoints/*/data/metadata"):
         path.unlink()
     checkpoints = reopen(workdir)
-    with pytest.raises(UserError, match=r"no checkpoint .* is whole \(4: .*; 2: .*another") as e:
+    with pytest.raises(UserError, match=r"no checkpoint .* is intact \(4: .*; 2: .*another") as e:
         checkpoints.restore(random_state(0))
     checkpoints.close()
     assert "\n" not in str(e.value)
@@ -265,16 +272,26 @@ def test_a_checkpoint_of_another_config_is_refused(two_saved: pathlib.Path) -> N
     checkpoints.close()
 
 
-def test_other_versions_are_said(two_saved: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "_versions", lambda: {"jax": "9.9"})
-    checkpoints = reopen(two_saved)
+def test_other_package_versions_are_reported(
+    two_saved: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == "flax":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "9.9" if name == "jax" else installed(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.metadata, "version", version)
+        checkpoints = reopen(two_saved)
     notes = checkpoints.restore(random_state(0)).notes
     checkpoints.close()
     assert len(notes) == 1
     assert (
-        f"other versions (flax: '{importlib.metadata.version('flax')}', now 'absent'; jax: "
-        in notes[0]
-    )
+        f"other versions (flax: '{installed('flax')}', now 'not installed'; jax: "
+        f"'{installed('jax')}', now '9.9'): "
+    ) in notes[0]
 
 
 def loggers() -> list[logging.Logger]:
@@ -295,7 +312,7 @@ def test_other_tracebacks_are_logged_while_a_run_saves(
     assert "ValueError: the user's, to asyncio" in caplog.text
 
 
-def test_reading_only_is_nothing_to_warn_of(
+def test_opening_checkpoints_read_only_logs_no_warning(
     two_saved: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.clear()
@@ -305,7 +322,7 @@ def test_reading_only_is_nothing_to_warn_of(
 
 
 @pytest.mark.parametrize("end", ["close", "close that raises", "no start"])
-def test_once_closed_nothing_is_kept_out_of_the_log(end: str, tmp_path: pathlib.Path) -> None:
+def test_log_filters_are_removed_on_close(end: str, tmp_path: pathlib.Path) -> None:
     before = [list(logger.filters) for logger in loggers()]
     if end == "no start":
         (tmp_path / "file").write_text("")
@@ -318,7 +335,7 @@ def test_once_closed_nothing_is_kept_out_of_the_log(end: str, tmp_path: pathlib.
         other.close()
         assert [logger.filters for logger in loggers()] != before
         if end == "close that raises":
-            # Where the checkpoint is to be committed there is a file.
+            # A file where the finished checkpoint would be renamed to.
             checkpoints.save(3, make_state(3.0), {})
             (tmp_path / "checkpoints" / "3").write_text("")
             with pytest.raises(RunError, match="step 3 could not be written"):
@@ -348,7 +365,7 @@ def on_mesh(state: TrainState, sizes: dict[str, int]) -> TrainState:
     return jax.tree.map(place, state)
 
 
-def test_the_values_are_the_same_on_any_mesh(tmp_path: pathlib.Path) -> None:
+def test_a_state_is_restored_unchanged_on_any_mesh(tmp_path: pathlib.Path) -> None:
     expected = random_state(3)
     config = CheckpointConfig(keep_last=9)
     for number, sizes in enumerate(MESHES.values(), 1):
@@ -376,7 +393,7 @@ def shapes_on(sizes: dict[str, int]) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
-def test_parameters_come_back_alone_on_any_mesh(
+def test_parameters_alone_are_restored_on_any_mesh(
     sizes: dict[str, int], two_saved: pathlib.Path
 ) -> None:
     checkpoints = reopen(two_saved, read_only=True)
@@ -391,7 +408,7 @@ def test_parameters_come_back_alone_on_any_mesh(
         assert (leaf.dtype, leaf.sharding) == (expected[name].dtype, shapes[name].sharding)
 
 
-def test_parameters_are_checked_and_a_broken_checkpoint_is_passed_over(
+def test_restore_params_verifies_checksums_and_skips_a_broken_checkpoint(
     two_saved: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     workdir = tmp_path / "run"
@@ -403,11 +420,11 @@ def test_parameters_are_checked_and_a_broken_checkpoint_is_passed_over(
     found = checkpoints.restore_params(shapes_on(MESHES["1 device"]))
     assert found.step == 2
     assert (
-        "4 is broken (params.w is not what was saved); going on from checkpoint 2"
+        "4 is broken (wrong checksum of params.w); restoring checkpoint 2 instead"
         in (found.notes[0])
     )
     np.testing.assert_array_equal(np.asarray(found.state["w"]), random_state(2).params["w"])
-    with pytest.raises(UserError, match=r"4: params\.w is not what was saved"):
+    with pytest.raises(UserError, match=r"4: wrong checksum of params\.w"):
         checkpoints.restore_params(shapes_on(MESHES["1 device"]), 4)
     checkpoints.close()
 
@@ -415,8 +432,8 @@ def test_parameters_are_checked_and_a_broken_checkpoint_is_passed_over(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"more": (2, 2)}, r"params\.more is not both in it and in the model"),
-        ({"b": None}, r"params\.b is not both in it and in the model"),
+        ({"more": (2, 2)}, r"params\.more is in only one of checkpoint and model"),
+        ({"b": None}, r"params\.b is in only one of checkpoint and model"),
         ({"w": (64, 16)}, r"shape: \(64, 16\) is not compatible with the stored shape"),
         ({"w": (64, 64)}, r"shape: \(64, 64\) is not compatible with the stored shape"),
     ],
@@ -435,8 +452,8 @@ def test_parameters_of_another_model_are_refused(
     checkpoints.close()
 
 
-def test_elements_that_changed_places_change_the_checksum() -> None:
+def test_reordered_elements_change_the_checksum() -> None:
     rows = jnp.arange(12.0).reshape(3, 4)
     changed = [rows[::-1], rows[:, ::-1], rows.reshape(4, 3).T, rows.at[2, 3].add(1e-6)]
-    sums = [checkpoint._checksums({"w": array})["w"] for array in (rows, *changed)]
+    sums = [checksums({"w": array})["w"] for array in (rows, *changed)]
     assert len(set(sums)) == 5

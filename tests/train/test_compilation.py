@@ -1,4 +1,4 @@
-"""What is compiled is kept for the next run."""
+"""Compiled programs are kept in a cache for the next run."""
 
 import os
 import pathlib
@@ -9,7 +9,7 @@ import pytest
 
 LOAD_AND_COMPILE = """
 import jax
-from ranktuner_jax.train.compilation import keep_compiled
+from ranktuner_jax.train.runtime.compilation import keep_compiled
 keep_compiled()
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.jit(lambda x: x + 1)(1.0)
@@ -17,7 +17,7 @@ jax.jit(lambda x: x + 1)(1.0)
 
 
 @pytest.mark.parametrize("chosen", ["", "mine"])
-def test_programs_are_kept_in_the_users_cache_or_where_the_user_says(
+def test_compiled_programs_are_cached_in_the_default_or_the_chosen_folder(
     chosen: str, tmp_path: pathlib.Path
 ) -> None:
     environment = os.environ | {"RANKTUNER_CACHE": str(tmp_path)}

@@ -46,7 +46,7 @@ def test_overrides_of_every_type_are_read() -> None:
     assert config.model == "some/where"
 
 
-def test_another_weighting_brings_its_own_options() -> None:
+def test_choosing_another_weighting_replaces_the_options() -> None:
     config = load_config(
         "smollm2_chain_sum",
         ["--config.loss.weighting=profit", "--config.loss.options.threshold=0.3"],
@@ -78,7 +78,7 @@ def test_another_weighting_brings_its_own_options() -> None:
         ("stray", "expected --config.key=value, got 'stray'"),
     ],
 )
-def test_a_wrong_override_is_named(argument: str, message: str) -> None:
+def test_a_wrong_override_is_reported(argument: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as raised:
         load_config("smollm2_chain_sum", [argument])
     assert "\n" not in str(raised.value)
@@ -91,7 +91,7 @@ def test_a_wrong_override_is_named(argument: str, message: str) -> None:
         ("nowhere/config.py", "expected a Python file, found none at nowhere/config.py"),
     ],
 )
-def test_a_config_that_does_not_exist_is_named(name: str, message: str) -> None:
+def test_a_config_that_does_not_exist_is_reported(name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_config(name)
 
@@ -108,7 +108,7 @@ def test_a_config_that_does_not_exist_is_named(name: str, message: str) -> None:
         ("3", r"expected get_config\(\) of .* to return a ConfigDict, got int"),
     ],
 )
-def test_a_wrong_key_in_a_config_file_is_named(
+def test_a_wrong_key_in_a_config_file_is_reported(
     chosen: str, message: str, tmp_path: pathlib.Path
 ) -> None:
     path = tmp_path / "mine.py"
@@ -136,7 +136,7 @@ def test_a_wrong_key_in_a_config_file_is_named(
     ],
     ids=["syntax", "import", "raises in a library", "raises"],
 )
-def test_what_is_wrong_in_a_config_file_is_said_with_its_own_line(
+def test_an_error_in_a_config_file_is_reported_with_its_line(
     text: str, message: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -149,8 +149,10 @@ def test_what_is_wrong_in_a_config_file_is_said_with_its_own_line(
 @pytest.mark.parametrize(
     "overrides", [["--config.data.holdout=0.1"], ["--config.eval.split=holdout"]]
 )
-def test_what_is_held_out_is_what_is_evaluated(overrides: list[str]) -> None:
-    with pytest.raises(UserError, match=r"eval\.split: expected 'holdout' where data\.holdout"):
+def test_the_rows_held_out_must_be_those_evaluated(overrides: list[str]) -> None:
+    with pytest.raises(
+        UserError, match=r"eval\.split: expected 'holdout' if and only if data\.holdout"
+    ):
         load_config("smollm2_chain_sum", overrides)
 
 
@@ -166,18 +168,18 @@ def test_an_option_that_the_weighting_does_not_have_is_refused() -> None:
         LossConfig(weighting="ranktuner", options={"bas": "one"})
 
 
-def test_a_config_survives_its_workdir(tmp_path: pathlib.Path) -> None:
+def test_a_config_is_read_back_from_its_workdir(tmp_path: pathlib.Path) -> None:
     config = load_config("smollm2_chain_sum", ["--config.loss.options.clip=3"])
     (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
     assert read_config(tmp_path) == config
 
 
-def test_a_workdir_without_a_run_is_named(tmp_path: pathlib.Path) -> None:
+def test_a_workdir_without_a_run_is_reported(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match="expected the config of a run at"):
         read_config(tmp_path)
 
 
-def test_differences_name_keys_that_changed_appeared_or_went() -> None:
+def test_differences_name_keys_that_were_changed_added_or_removed() -> None:
     old = to_dict(load_config("smollm2_chain_sum"))
     new = to_dict(load_config("smollm2_chain_sum", ["--config.loss.weighting=sft"]))
     assert differences(old, old) == []
@@ -185,7 +187,7 @@ def test_differences_name_keys_that_changed_appeared_or_went() -> None:
     assert "loss.options.base: 'one', now 'absent'" in differences(old, new)
 
 
-def test_every_key_is_described_in_words() -> None:
+def test_every_key_has_a_description() -> None:
     lines = [line for line in describe().splitlines() if line.startswith("  --config.")]
     without_words = [line for line in lines if len(line.split(maxsplit=1)) < 2]
     assert without_words == []

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from ranktuner_jax import cli
+from ranktuner_jax import cli, evals
 from tests.tolerances import BF16_RUN_LOSS
 
 
@@ -15,7 +15,7 @@ def own_cache(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathli
     return tmp_path / "cache"
 
 
-def test_eval_prints_what_it_found_and_remembers_it(
+def test_eval_prints_its_result_and_saves_it(
     tiny_config_file: pathlib.Path,
     tiny_model: pathlib.Path,
     own_cache: pathlib.Path,
@@ -24,7 +24,7 @@ def test_eval_prints_what_it_found_and_remembers_it(
     command = ["eval", f"--config={tiny_config_file}", f"--model={tiny_model}"]
     assert cli.main(command) == 0
     first = capsys.readouterr().out
-    assert "nats a token" in first
+    assert "nats per token" in first
     assert "of 8 (95 % interval" in first
     assert first.count("question") == 3
     assert len(list((own_cache / "evaluations").iterdir())) == 1
@@ -35,7 +35,7 @@ def test_eval_prints_what_it_found_and_remembers_it(
     assert len(list((own_cache / "evaluations").iterdir())) == 1
 
 
-def test_eval_without_a_task_asks_nothing(
+def test_eval_without_a_task_generates_no_answers(
     tiny_config_file: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["eval", f"--config={tiny_config_file}", "--config.eval.task="]) == 0
@@ -44,14 +44,30 @@ def test_eval_without_a_task_asks_nothing(
     assert "answers right" not in shown
 
 
-def test_eval_names_a_model_that_is_not_there(
+def test_eval_grades_with_a_scorer_that_the_config_file_registers(
+    tiny_config_file: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.py"
+    try:
+        for right, share in ((True, "100.0% of 8"), (False, "0.0% of 8")):
+            path.write_text(
+                f"from ranktuner_jax import evals\n{tiny_config_file.read_text()}\n"
+                f'evals.TASKS["mine"] = lambda: lambda completion, record: {right}\n'
+            )
+            assert cli.main(["eval", f"--config={path}", "--config.eval.task=mine"]) == 0
+            assert f"answers right   {share}" in capsys.readouterr().out
+    finally:
+        evals.TASKS.pop("mine", None)
+
+
+def test_eval_reports_a_missing_model(
     tiny_config_file: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["eval", f"--config={tiny_config_file}", "--model=nowhere"]) == 2
     assert "model 'nowhere': no such folder" in capsys.readouterr().err
 
 
-def test_eval_computes_in_the_type_of_the_training(
+def test_eval_uses_the_compute_dtype_of_training(
     tiny_config_file: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = []

@@ -1,4 +1,4 @@
-"""The main job from a user's own folder: every family, with and without a chat template."""
+"""Training from a user's own checkpoint: every family, with and without a chat template."""
 
 import json
 import pathlib
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, BatchEncoding, GenerationConfig
 
 from ranktuner_jax import cli, data
 from ranktuner_jax.train import read_config
@@ -78,9 +78,9 @@ def mean_nll_of_transformers(folder: pathlib.Path, rows: data.Rows) -> float:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     losses = []
     for row in map(rows.__getitem__, range(len(rows))):
-        for segment in range(1, row["segment_ids"].max() + 1):
-            here = row["segment_ids"] == segment
-            tokens, labels, mask = (row[key][here] for key in ("tokens", "labels", "mask"))
+        for segment in range(1, row.segment_ids.max() + 1):
+            here = row.segment_ids == segment
+            tokens, labels, mask = row.tokens[here], row.labels[here], row.mask[here]
             with torch.no_grad():
                 logits = model(torch.tensor(tokens[None]).long()).logits[0]
             nll = torch.nn.functional.cross_entropy(
@@ -91,7 +91,7 @@ def mean_nll_of_transformers(folder: pathlib.Path, rows: data.Rows) -> float:
 
 
 @pytest.mark.parity
-def test_what_was_trained_from_a_folder_is_the_same_model_in_transformers(
+def test_a_model_trained_from_a_folder_is_the_same_in_transformers(
     own_folder: pathlib.Path, tiny_config_file: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     workdir = tmp_path / "run"
@@ -110,9 +110,9 @@ def test_what_was_trained_from_a_folder_is_the_same_model_in_transformers(
 
     before, after = (load_file(f / "model.safetensors") for f in (own_folder, exported))
     assert before.keys() == after.keys()
-    # Key biases move no attention, so that their gradient is rounding; all else was trained.
-    still = [name for name in before if np.array_equal(before[name], after[name])]
-    assert all(name.endswith("k_proj.bias") for name in still)
+    # Attention does not depend on key biases, so their gradient is rounding; all else was trained.
+    unchanged = [name for name in before if np.array_equal(before[name], after[name])]
+    assert all(name.endswith("k_proj.bias") for name in unchanged)
     options = json.loads((exported / "config.json").read_text())
     for name in FAMILIES[own_folder.name]:
         assert options[name] == json.loads((own_folder / "config.json").read_text())[name]
@@ -146,7 +146,7 @@ def plain_run(
     return folder / "run"
 
 
-def test_a_base_model_without_a_template_is_told_which_key_names_one(
+def test_a_base_model_without_a_template_is_an_error_that_names_the_key_to_set(
     base_model: pathlib.Path,
     tiny_config_file: pathlib.Path,
     tmp_path: pathlib.Path,
@@ -167,12 +167,12 @@ def test_generation_stops_where_the_plain_template_ends_the_answer(
     assert AutoTokenizer.from_pretrained(plain_run / "model").eos_token_id in stops
 
 
-def test_the_exported_folder_holds_the_template_of_the_config(
+def test_the_export_contains_the_template_of_the_config(
     plain_run: pathlib.Path, base_model: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     exported = plain_run / "model"
-    options = {"tokenize": False, "add_generation_prompt": True}
-    prompt = AutoTokenizer.from_pretrained(exported).apply_chat_template(QUESTION, **options)
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    prompt = tokenizer.apply_chat_template(QUESTION, tokenize=False, add_generation_prompt=True)
     assert prompt == "User:\n1+2\n\nAssistant:\n"
     again = tmp_path / "again"
     assert cli.main(["export", f"--workdir={plain_run}", f"--output={again}"]) == 0
@@ -189,6 +189,7 @@ def test_transformers_generates_what_was_learnt_and_stops(plain_run: pathlib.Pat
     prompt = tokenizer.apply_chat_template(
         QUESTION, add_generation_prompt=True, return_dict=True, return_tensors="pt"
     )
+    assert isinstance(prompt, BatchEncoding)
     written = model.generate(**prompt, max_new_tokens=8)[0, prompt["input_ids"].shape[1] :]
     assert tokenizer.decode(written) == "7" + tokenizer.eos_token
 
@@ -207,7 +208,7 @@ def test_eval_and_inspect_use_the_template_of_the_config(
     assert "Assistant:\n⟦" in capsys.readouterr().out
 
 
-def test_a_template_of_the_config_goes_before_the_tokenizers_own(
+def test_a_template_of_the_config_overrides_the_tokenizers_own(
     tiny_model: pathlib.Path,
     tiny_config_file: pathlib.Path,
     tmp_path: pathlib.Path,

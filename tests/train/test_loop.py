@@ -5,21 +5,25 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
 from ranktuner_jax import cli, models
 from ranktuner_jax.errors import UserError
-from ranktuner_jax.train import PREEMPTED, TrainConfig, export, loop, train_and_evaluate
+from ranktuner_jax.train import Stopped, TrainConfig, export, train_and_evaluate
+from ranktuner_jax.train.commands.train import PREEMPTED
+from tests.train.happenings import BeforeStep
 
 MakeConfig = Callable[..., TrainConfig]
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 def weights(folder: pathlib.Path) -> bytes:
@@ -35,25 +39,8 @@ def steps_in(workdir: pathlib.Path) -> list[int]:
 def finished(tiny_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """The workdir of a run that nothing interrupted."""
     workdir = tmp_path_factory.mktemp("finished")
-    assert train_and_evaluate(tiny_config(), workdir) == 0
+    train_and_evaluate(tiny_config(), workdir)
     return workdir
-
-
-@pytest.fixture
-def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None]], None]:
-    """Lets something happen while the n-th step that a run takes is prepared."""
-
-    def install(number: int, happening: Callable[[], None]) -> None:
-        place_batch, calls = loop.place_batch, iter(range(1, 100))
-
-        def place(*args: Any) -> Any:
-            if next(calls) == number:
-                happening()
-            return place_batch(*args)
-
-        monkeypatch.setattr(loop, "place_batch", place)
-
-    return install
 
 
 def test_a_run_trains_evaluates_and_exports(finished: pathlib.Path) -> None:
@@ -79,16 +66,21 @@ def test_a_run_trains_evaluates_and_exports(finished: pathlib.Path) -> None:
 
 def test_a_finished_workdir_is_only_shown(
     finished: pathlib.Path,
-    tiny_config: MakeConfig,
-    monkeypatch: pytest.MonkeyPatch,
+    tiny_config_file: pathlib.Path,
+    tmp_path: pathlib.Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.delattr(models, "resolve")
-    assert train_and_evaluate(tiny_config(), finished) == 0
-    shown = capsys.readouterr().out
-    assert "before" in shown
-    assert "plain NLL" in shown
-    assert str(finished / "checkpoints" / "6") in shown
+    shutil.copytree(finished, tmp_path / "run")
+    result = tmp_path / "run" / "result.json"
+    known = json.loads(result.read_text())
+    known["after"]["nll"] = 1.23456  # Nobody computes this.
+    result.write_text(json.dumps(known))
+    arguments = [f"--config={tiny_config_file}", f"--workdir={tmp_path / 'run'}"]
+    assert cli.main(["train", *arguments]) == 0
+    shown = capsys.readouterr()
+    for text in ("before", "plain NLL", "1.235", str(finished / "checkpoints" / "6")):
+        assert text in shown.out
+    assert shown.err == ""
 
 
 def test_another_config_is_refused_and_nothing_is_touched(
@@ -101,25 +93,42 @@ def test_another_config_is_refused_and_nothing_is_touched(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_bits(
+def test_a_signal_saves_and_the_run_resumes_to_the_same_bits(
     number: signal.Signals,
     finished: pathlib.Path,
     tiny_config: MakeConfig,
-    at_step: Callable[[int, Callable[[], None]], None],
     tmp_path: pathlib.Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    at_step(3, lambda: os.kill(os.getpid(), number))
-    assert train_and_evaluate(tiny_config(), tmp_path) == PREEMPTED
-    assert "stopped and saved after step 3: the same command goes on" in capsys.readouterr().err
+    stop = BeforeStep(3, lambda: os.kill(os.getpid(), number))
+    with pytest.raises(Stopped, match=r"^stopped and saved after step 3$"):
+        train_and_evaluate(tiny_config(), tmp_path, hooks=[stop])
     assert not (tmp_path / "result.json").exists()
-    assert train_and_evaluate(tiny_config(), tmp_path) == 0
-    assert "going on after step 3 of 6" in capsys.readouterr().err
+    train_and_evaluate(tiny_config(), tmp_path)
+    assert "resuming after step 3 of 6" in capsys.readouterr().err
     assert steps_in(tmp_path) == [1, 2, 3, 4, 5, 6]
     assert weights(tmp_path / "model") == weights(finished / "model")
 
 
-def test_a_run_that_was_killed_goes_on_to_the_same_bits(
+def test_a_signal_to_the_command_exits_with_75_and_says_how_to_resume(
+    tiny_config_file: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    command = [sys.executable, "-m", "ranktuner_jax.cli", "train", "--config.train.steps=3000"]
+    arguments = [f"--config={tiny_config_file}", f"--workdir={tmp_path}"]
+    process = subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("step 3"):
+            break
+    process.send_signal(signal.SIGTERM)
+    rest = process.stderr.read()
+    assert process.wait() == PREEMPTED
+    assert re.fullmatch(
+        r"stopped and saved after step \d+: run the same command to resume", rest.splitlines()[-1]
+    )
+
+
+def test_a_run_that_was_killed_resumes_to_the_same_bits(
     finished: pathlib.Path,
     tiny_config: MakeConfig,
     tiny_config_file: pathlib.Path,
@@ -136,7 +145,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    assert train_and_evaluate(tiny_config(), tmp_path) == 0
+    train_and_evaluate(tiny_config(), tmp_path)
     assert steps_in(tmp_path) == [1, 2, 3, 4, 5, 6]
     assert weights(tmp_path / "model") == weights(finished / "model")
 
@@ -148,13 +157,13 @@ def test_a_run_that_died_before_its_result_is_evaluated_and_exported_again(
     shutil.copytree(finished, workdir)
     (workdir / "result.json").unlink()
     (workdir / "model" / "model.safetensors").write_bytes(b"torn")
-    assert train_and_evaluate(tiny_config(), workdir) == 0
+    train_and_evaluate(tiny_config(), workdir)
     assert weights(workdir / "model") == weights(finished / "model")
 
 
 def test_evaluations_in_between_are_logged(tiny_config: MakeConfig, tmp_path: pathlib.Path) -> None:
     config = tiny_config(eval__every_steps=2, train__epochs=0.8, train__log_every=3)
-    assert train_and_evaluate(config, tmp_path) == 0
+    train_and_evaluate(config, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     steps = json.loads((tmp_path / "result.json").read_text())["steps"]
     evaluated = [line["step"] for line in lines if "eval/nll" in line]

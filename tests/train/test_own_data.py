@@ -1,4 +1,4 @@
-"""The README's commands for one's own rows, run as they stand there, on rows that are not ours."""
+"""The README's commands for training on your own rows, run as written."""
 
 import json
 import os
@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 ]
 
 ROWS: dict[str, list[dict[str, Any]]] = {
-    # Turns, and nothing to compare a completion with; two rows with each prompt.
+    # Chats without reference answers; two rows with each prompt.
     "turns": [
         {
             "messages": [
@@ -33,7 +33,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         }
         for i in range(60)
     ],
-    # So few and short that packed they would not fill a batch.
+    # So few and short that packed rows would not fill a batch.
     "answers": [
         {"question": f"Which colour has {i}?", "answer": ("red", "blue")[i % 2], "id": i}
         for i in range(20)
@@ -57,14 +57,14 @@ def run(commands: str, folder: pathlib.Path) -> subprocess.CompletedProcess[str]
 
 
 @pytest.mark.parametrize("kind", ROWS)
-def test_the_readmes_commands_train_on_anybodys_rows(
+def test_the_readmes_commands_train_on_any_rows(
     kind: str, tiny_model: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    place = tmp_path / "path" / "to"
-    place.mkdir(parents=True)
-    (place / "checkpoint").symlink_to(tiny_model)
+    folder = tmp_path / "path" / "to"
+    folder.mkdir(parents=True)
+    (folder / "checkpoint").symlink_to(tiny_model)
     rows = ROWS[kind]
-    (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert COMMANDS.count("ranktuner ") == 3
     ran = run(COMMANDS, tmp_path)
     assert ran.returncode == 0, ran.stderr
@@ -89,7 +89,7 @@ def test_the_readmes_commands_train_on_anybodys_rows(
     assert f"({result['after']['tokens']} supervised tokens)" in ran.stdout
 
 
-def test_a_row_that_cannot_be_read_is_named(
+def test_an_unreadable_row_is_reported_with_its_line(
     tiny_model: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = tmp_path / "rows.jsonl"

@@ -1,4 +1,4 @@
-"""Runs of two real processes: they do what one process does."""
+"""Runs of two real processes give the results of one process."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ def alone(
     """The workdir of one process with eight devices."""
     workdir = tmp_path_factory.mktemp("alone")
     overrides = {key.replace(".", "__"): value for key, value in OVERRIDES.items()}
-    assert train_and_evaluate(tiny_config(**overrides), workdir) == 0
+    train_and_evaluate(tiny_config(**overrides), workdir)
     return workdir
 
 
-# Rows are divided over the processes, which evaluate the model before they train it; or each has
-# all rows and a half of the model, which was evaluated when `alone` began.
+# Either each process has half of the rows, and the model is evaluated before training; or each has
+# all rows and half of the model, and that evaluation is in the cache since the run `alone`.
 @pytest.mark.parametrize(
-    ("mesh", "known"), [({"data": 8}, False), ({"data": 1, "tensor": 8}, True)], ids=str
+    ("mesh", "cached"), [({"data": 8}, False), ({"data": 1, "tensor": 8}, True)], ids=str
 )
-def test_two_processes_train_evaluate_and_export_as_one_does(
+def test_two_processes_train_evaluate_and_export_like_one(
     mesh: dict[str, int],
-    known: bool,
+    cached: bool,
     alone: pathlib.Path,
     tiny_config_file: pathlib.Path,
     tmp_path: pathlib.Path,
@@ -57,12 +57,12 @@ def test_two_processes_train_evaluate_and_export_as_one_does(
     workdir = tmp_path / "run"
     started = processes.start(
         [f"--config={tiny_config_file}", f"--workdir={workdir}", *arguments],
-        env={} if known else {"RANKTUNER_CACHE": str(tmp_path / "cache")},
+        env={} if cached else {"RANKTUNER_CACHE": str(tmp_path / "cache")},
     )
-    (first, said), (second, whispered) = processes.wait(started, 240)
-    assert (first, second) == (0, 0), said + whispered
-    assert "step 20/20" in said
-    assert "step" not in whispered
+    (first, first_stderr), (second, second_stderr) = processes.wait(started, 240)
+    assert (first, second) == (0, 0), first_stderr + second_stderr
+    assert "step 20/20" in first_stderr
+    assert "step" not in second_stderr
 
     for name in ("train/loss", "eval/nll"):
         one, two = logged(alone, name), logged(workdir, name)
@@ -78,8 +78,8 @@ def test_two_processes_train_evaluate_and_export_as_one_does(
         np.testing.assert_allclose(
             params[name] / largest, value / largest, **SAME_RUN_PARAM, err_msg=name
         )
-    assert (one["before"] == two["before"]) == known  # Down to the seconds that it took.
-    if not known:
+    assert (one["before"] == two["before"]) == cached  # Including its seconds.
+    if not cached:
         assert len(list((tmp_path / "cache" / "evaluations").iterdir())) == 1
 
 
@@ -92,11 +92,11 @@ def test_two_processes_train_evaluate_and_export_as_one_does(
             ["--coordinator=localhost:1", "--processes=2", "--process=2"],
             "--process: expected a number from 0 to 1",
         ),
-        (["--distributed"], "--distributed: "),  # These tests have touched their devices.
+        (["--distributed"], "--distributed: "),  # This process has used its devices already.
     ],
     ids=str,
 )
-def test_flags_that_do_not_make_a_whole_are_one_line(
+def test_incomplete_process_flags_are_a_one_line_error(
     flags: list[str], message: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["train", f"--workdir={tmp_path}", *flags]) == 2

@@ -1,4 +1,4 @@
-"""The same numbers from the same batches, whatever the devices, the cuts and the rows' shapes."""
+"""The same batches give the same numbers on any mesh, in micro-batches, packed and padded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import optax
 import pytest
 from flax import nnx
 
-from ranktuner_jax import losses, models
+from ranktuner_jax import data, losses, models
 from ranktuner_jax.train import (
     LossConfig,
     MeshConfig,
@@ -25,10 +25,16 @@ from ranktuner_jax.train import (
     init_state,
     make_mesh,
     make_optimizer,
-    make_train_step,
     place_batch,
 )
-from tests.tolerances import BF16_RUN_LOSS, SAME_RUN_LOSS, SAME_RUN_PARAM
+from tests.tolerances import (
+    BF16_RUN_LOSS,
+    PADDED_ADAFACTOR,
+    SAME_RUN_LOSS,
+    SAME_RUN_PARAM,
+    Tolerance,
+)
+from tests.train.steps import make_step
 
 STEPS, ROWS, LENGTH = 20, 8, 12
 VOCAB = 61  # A prime: no axis divides it.
@@ -38,7 +44,7 @@ Batch = dict[str, np.ndarray]
 
 
 class Run(NamedTuple):
-    """What a run left: the loss of each step, and the parameters by their names."""
+    """The result of a run: the loss of each step, and the parameters by name."""
 
     losses: list[float]
     params: dict[str, np.ndarray]
@@ -69,9 +75,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def conversations() -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
-    """Of each step 2 · ROWS conversations, tokens and what is supervised of them.
+    """2 · ROWS conversations for each step: their tokens, and which are supervised.
 
-    From nothing in the first ones to nearly all in the last ones.
+    The supervised share rises from none in the first ones to nearly all in the last ones.
     """
     rng = np.random.default_rng(0)
     for _ in range(STEPS):
@@ -79,13 +85,13 @@ def conversations() -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
         lengths = rng.integers(3, LENGTH // 2 + 1, 2 * ROWS)
         step = []
         for length, share in zip(lengths, shares, strict=True):
-            tokens = rng.integers(VOCAB) * 3 ** np.arange(length + 1) % VOCAB  # To be learned.
+            tokens = rng.integers(VOCAB) * 3 ** np.arange(length + 1) % VOCAB  # Predictable.
             step.append((tokens, rng.random(length) < share))
         yield step
 
 
 def lay_out(step: list[tuple[np.ndarray, np.ndarray]], together: int) -> Batch:
-    """The conversations of a step, so many to a row."""
+    """The batch of a step, with `together` conversations in each row."""
     shape = (len(step) // together, LENGTH)
     names = ("tokens", "labels", "positions", "segment_ids")
     batch: Batch = {name: np.zeros(shape, np.int32) for name in names}
@@ -114,11 +120,12 @@ def run(folder: pathlib.Path) -> Callable[..., Run]:
         accumulation: int = 1,
         compute_dtype: str = "float32",
         param_dtype: str = "float32",
+        optimizer: OptimizerConfig = OPTIMIZER,
         **mesh_sizes: int,
     ) -> Run:
         config = TrainConfig(
             loss=LossConfig(options={"base": "one"}),
-            optimizer=OPTIMIZER,
+            optimizer=optimizer,
             train=StepConfig(batch_size=len(batches[0]["tokens"]), accumulation=accumulation),
             mesh=MeshConfig(**{"data": 1} | mesh_sizes),
         )
@@ -126,11 +133,11 @@ def run(folder: pathlib.Path) -> Callable[..., Run]:
         model = models.load_pretrained(
             folder, mesh=mesh, dtype=jnp.dtype(compute_dtype), param_dtype=jnp.dtype(param_dtype)
         )
-        state = init_state(model, make_optimizer(OPTIMIZER, STEPS), mesh)
-        step = make_train_step(config, STEPS, mesh, state)
+        state = init_state(model, make_optimizer(optimizer, STEPS), mesh)
+        step = make_step(config, STEPS, mesh, state)
         log = []
         for batch in batches:
-            state, metrics = step(state, place_batch(mesh, batch, accumulation))
+            state, metrics = step(state, place_batch(mesh, data.Batch.of(batch), accumulation))
             log.append(float(metrics["loss"]))
         return Run(log, by_name(state.params))
 
@@ -142,8 +149,8 @@ def one_device(run: Callable[..., Run]) -> Run:
     return run()
 
 
-def by_name(params: nnx.State) -> dict[str, np.ndarray]:
-    """Parameters, without the padding of the vocabulary."""
+def by_name(params: object) -> dict[str, np.ndarray]:
+    """The arrays of a tree, without the padding of the vocabulary."""
     named = {
         jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -151,8 +158,10 @@ def by_name(params: nnx.State) -> dict[str, np.ndarray]:
     return {name: a[:VOCAB] if "embed" in name else a for name, a in named.items()}
 
 
-def assert_same(one: Run, other: Run) -> None:
-    np.testing.assert_allclose(other.losses, one.losses, **SAME_RUN_LOSS)
+def assert_same(
+    one: Run, other: Run, loss: Tolerance = SAME_RUN_LOSS, param: Tolerance = SAME_RUN_PARAM
+) -> None:
+    np.testing.assert_allclose(other.losses, one.losses, **loss)
     assert one.params.keys() == other.params.keys()
     for name, value in one.params.items():
         # A key's bias adds the same to all scores of a query, so that its gradient is zero but for
@@ -160,7 +169,7 @@ def assert_same(one: Run, other: Run) -> None:
         if "k_bias" not in name:
             largest = np.abs(value).max()
             np.testing.assert_allclose(
-                other.params[name] / largest, value / largest, **SAME_RUN_PARAM, err_msg=name
+                other.params[name] / largest, value / largest, **param, err_msg=name
             )
 
 
@@ -192,12 +201,14 @@ def test_twenty_steps_are_the_same_packed_and_padded(
     assert_same(one_device, run(PADDED))
 
 
-def test_twenty_steps_are_the_same_in_a_loop_of_ones_own_over_pmap(
+def test_twenty_steps_are_the_same_in_a_user_written_pmap_loop(
     folder: pathlib.Path, one_device: Run
 ) -> None:
     model = models.load_pretrained(folder)
     graphdef, params = nnx.split(model, nnx.Param)
-    tx = make_optimizer(OPTIMIZER, STEPS)
+    tx = optax.chain(
+        optax.clip_by_global_norm(OPTIMIZER.clip_norm), make_optimizer(OPTIMIZER, STEPS)
+    )
 
     def loss_fn(params: nnx.State, batch: dict[str, jax.Array]) -> tuple[jax.Array, object]:
         model = nnx.merge(graphdef, params)
@@ -227,6 +238,20 @@ def test_twenty_steps_are_the_same_in_a_loop_of_ones_own_over_pmap(
         *state, loss = everywhere(*state, cut)
         log.append(float(loss[0]))
     assert_same(one_device, Run(log, by_name(jax.tree.map(lambda x: x[0], state[0]))))
+
+
+@pytest.mark.parametrize("name", ["adafactor", "lion", "muon"])
+def test_twenty_steps_are_the_same_with_every_optimizer(name: str, run: Callable[..., Run]) -> None:
+    options = {"min_dim_size_to_factor": 8} if name == "adafactor" else {}
+    optimizer = OptimizerConfig(name=name, options=options, learning_rate=1e-3)
+    one = run(optimizer=optimizer)
+    assert one.losses[-1] < one.losses[0] - 0.5
+    assert_same(one, run(optimizer=optimizer, data=2, fsdp=4))
+    divided = run(optimizer=optimizer, data=2, fsdp=2, tensor=2)
+    if name == "adafactor":
+        assert_same(one, divided, PADDED_ADAFACTOR, PADDED_ADAFACTOR)
+    else:
+        assert_same(one, divided)
 
 
 @pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("bfloat16", "bfloat16")], ids=str)

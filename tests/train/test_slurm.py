@@ -11,7 +11,7 @@ import time
 
 ROOT = pathlib.Path(__file__).parents[2]
 
-# Two processes that JAX takes for tasks of SLURM; their ids go where the test finds them.
+# Starts two processes that JAX takes for tasks of SLURM, and writes their ids to a file.
 SRUN = """
 shift
 export SLURM_NTASKS=2 SLURM_STEP_NUM_NODES=1 SLURM_STEP_NODELIST=localhost
@@ -34,17 +34,17 @@ def write_script(path: pathlib.Path, body: str) -> None:
     path.chmod(0o755)
 
 
-def test_a_job_stops_is_queued_again_and_finishes(
+def test_a_preempted_job_is_requeued_and_finishes(
     tmp_path: pathlib.Path, tiny_config_file: pathlib.Path
 ) -> None:
-    place, workdir, pids = tmp_path / "repository", tmp_path / "run", tmp_path / "pids"
-    shutil.copytree(ROOT / "launch", place / "launch")
+    repository, workdir, pids = tmp_path / "repository", tmp_path / "run", tmp_path / "pids"
+    shutil.copytree(ROOT / "launch", repository / "launch")
     ranktuner = f'exec {sys.executable} -m ranktuner_jax.cli "$@"'
-    write_script(place / ".venv" / "bin" / "ranktuner", ranktuner)
+    write_script(repository / ".venv" / "bin" / "ranktuner", ranktuner)
     write_script(tmp_path / "bin" / "srun", SRUN)
     write_script(tmp_path / "bin" / "scontrol", f'echo "$*" > {tmp_path}/scontrol')
     command = [
-        *("bash", str(place / "launch" / "slurm.sbatch")),
+        *("bash", str(repository / "launch" / "slurm.sbatch")),
         *(f"--config={tiny_config_file}", f"--workdir={workdir}"),
         *("--config.mesh.data=2", "--config.train.steps=40", "--config.eval.task="),
     ]
@@ -61,7 +61,9 @@ def test_a_job_stops_is_queued_again_and_finishes(
         assert job.poll() is None, job.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    os.kill(int(pids.read_text().split()[1]), signal.SIGTERM)  # One of them is told.
+    os.kill(
+        int(pids.read_text().split()[1]), signal.SIGTERM
+    )  # Only one of the processes gets the signal.
     stderr = job.communicate(timeout=120)[1]
     assert job.returncode == 0, stderr
     assert "stopped and saved after step" in stderr
@@ -70,7 +72,7 @@ def test_a_job_stops_is_queued_again_and_finishes(
 
     ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
     assert ran.returncode == 0, ran.stderr
-    assert "going on after step" in ran.stderr
+    assert "resuming after step" in ran.stderr
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == [0, *range(1, 41), 40]
     assert (workdir / "result.json").exists()

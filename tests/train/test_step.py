@@ -1,4 +1,4 @@
-"""One step: what it computes, and that how it is cut changes nothing."""
+"""The train step: what it computes, and that micro-batches and meshes do not change it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from flax.training.train_state import TrainState
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ranktuner_jax import losses
+from ranktuner_jax.data import Batch
 from ranktuner_jax.models import Decoder, DecoderConfig
 from ranktuner_jax.train import (
     LossConfig,
@@ -25,14 +25,15 @@ from ranktuner_jax.train import (
     OptimizerConfig,
     StepConfig,
     TrainConfig,
+    TrainState,
     init_state,
     make_mesh,
     make_optimizer,
-    make_train_step,
     place_batch,
     sequence_ids,
 )
 from tests.tolerances import BF16, F32
+from tests.train.steps import make_step
 
 STEPS = 10
 ROWS, LENGTH, VOCAB = 8, 12, 38
@@ -86,10 +87,10 @@ def run(
     dtype = jnp.dtype(config.train.param_dtype)
     model = Decoder(MODEL, rngs=nnx.Rngs(0), mesh=mesh, param_dtype=dtype)
     state = init_state(model, make_optimizer(config.optimizer, STEPS), mesh)
-    step = make_train_step(config, STEPS, mesh, state)
+    step = make_step(config, STEPS, mesh, state)
     log = []
     for _ in range(steps):
-        state, metrics = step(state, place_batch(mesh, batch, config.train.accumulation))
+        state, metrics = step(state, place_batch(mesh, Batch.of(batch), config.train.accumulation))
         log.append({name: float(value) for name, value in metrics.items()})
     return state, log
 
@@ -105,20 +106,22 @@ def test_a_step_is_adamw_on_the_dense_loss(batch: dict[str, np.ndarray]) -> None
 
     model = Decoder(MODEL, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(model, nnx.Param)
+    arrays = {name: jnp.asarray(value) for name, value in batch.items()}
 
     def loss_fn(params: nnx.State) -> tuple[jax.Array, losses.LossOutput]:
         model = nnx.merge(graphdef, params)
-        hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"])
+        hidden = model(arrays["tokens"], arrays["positions"], arrays["segment_ids"])
         output = losses.weighted_nll(
             model.logits(hidden),
-            jnp.asarray(batch["labels"]),
-            jnp.asarray(batch["mask"]),
+            arrays["labels"],
+            arrays["mask"],
             weighting=losses.RankTuner(base="one"),
         )
         return output.mean(), output
 
     (loss, output), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params)
-    tx = make_optimizer(config.optimizer, STEPS)
+    clip = optax.clip_by_global_norm(config.optimizer.clip_norm)
+    tx = optax.chain(clip, make_optimizer(config.optimizer, STEPS))
     updates, _ = tx.update(grads, tx.init(params), params)
     expected = optax.apply_updates(params, updates)
 
@@ -137,7 +140,7 @@ def test_a_step_is_adamw_on_the_dense_loss(batch: dict[str, np.ndarray]) -> None
     [{"accumulation": 8}, {"data": 8}, {"accumulation": 2, "data": 2, "fsdp": 2, "tensor": 2}],
     ids=str,
 )
-def test_how_a_batch_is_cut_changes_nothing(
+def test_micro_batches_and_meshes_do_not_change_the_result(
     cut: dict[str, int], batch: dict[str, np.ndarray]
 ) -> None:
     whole, whole_log = run(make_config(), batch, steps=3)
@@ -150,7 +153,7 @@ def test_how_a_batch_is_cut_changes_nothing(
 
 @pytest.fixture
 def compiled_anew() -> Iterator[None]:
-    """Keeps programs from coming out of a cache, for then XLA would not say anything."""
+    """Turns off the cache: XLA logs nothing about programs that are loaded from it."""
     for enabled in (False, True):
         jax.config.update("jax_enable_compilation_cache", enabled)
         compilation_cache.reset_cache()
@@ -159,17 +162,17 @@ def compiled_anew() -> Iterator[None]:
 
 
 def compile_on_a_mesh(batch: dict[str, np.ndarray]) -> str:
-    """The program of one device of eight, which share rows, parameters and vocabulary."""
+    """The program of one of eight devices that divide rows, parameters and vocabulary."""
     config = make_config(data=2, fsdp=2, tensor=2)
     mesh = make_mesh(config.mesh)
     model = Decoder(MODEL, rngs=nnx.Rngs(0), mesh=mesh)
     state = init_state(model, make_optimizer(config.optimizer, STEPS), mesh)
-    step = make_train_step(config, STEPS, mesh, state)
-    return str(step.lower(state, place_batch(mesh, batch, 1)).compile().as_text())
+    step = make_step(config, STEPS, mesh, state)
+    return str(step.lower(state, place_batch(mesh, Batch.of(batch), 1)).compile().as_text())
 
 
 def test_no_device_holds_the_activations_of_the_whole_batch(batch: dict[str, np.ndarray]) -> None:
-    # Of such numbers of rows and tokens no other size is made.
+    # No other size in the program is equal to these or to their product.
     rows, length = 44, 10
     long = {
         name: np.resize(value, (rows, *value.shape[1:]))[..., :length]
@@ -179,16 +182,16 @@ def test_no_device_holds_the_activations_of_the_whole_batch(batch: dict[str, np.
     text = compile_on_a_mesh(long)
     shapes = re.findall(r"\b(?:f32|bf16)\[([\d,]+)\]", text)
     sizes = {int(size) for shape in shapes for size in shape.split(",")}
-    assert {rows // 4, rows // 4 * length} <= sizes  # It sees those of the device's own rows.
+    assert {rows // 4, rows // 4 * length} <= sizes  # The search finds the device's own rows.
     assert not {rows, rows * length} & sizes
 
 
 @pytest.mark.usefixtures("compiled_anew")
-def test_xla_knows_a_way_between_all_shardings_of_a_step(
+def test_xla_reshards_a_step_without_full_rematerialization(
     batch: dict[str, np.ndarray], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    # Where it knows none, it says so, and replicates the array first.
-    said = "full rematerialization"
+    # Where XLA cannot reshard directly, it replicates the array first and warns.
+    warning = "full rematerialization"
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
 
     @jax.jit
@@ -198,13 +201,13 @@ def test_xla_knows_a_way_between_all_shardings_of_a_step(
         return x
 
     from_columns_to_rows.lower(jnp.ones((8, 8))).compile()
-    assert said in capfd.readouterr().err
+    assert warning in capfd.readouterr().err
     compile_on_a_mesh(batch)
-    assert said not in capfd.readouterr().err
+    assert warning not in capfd.readouterr().err
 
 
 def test_micro_batches_of_bfloat16_are_summed_in_float32(batch: dict[str, np.ndarray]) -> None:
-    # The same row over and over: in bfloat16 the sum would stand still at 256 times its gradient.
+    # Copies of one row: a sum in bfloat16 would stop growing at 256 times its gradient.
     norms = []
     for copies in (1, 512):
         train = StepConfig(batch_size=copies, accumulation=copies, param_dtype="bfloat16")
@@ -215,32 +218,44 @@ def test_micro_batches_of_bfloat16_are_summed_in_float32(batch: dict[str, np.nda
     np.testing.assert_allclose(norms[1], norms[0], **BF16)
 
 
-def test_parameters_and_their_moments_are_born_sharded() -> None:
+def test_parameters_and_their_moments_are_created_sharded() -> None:
     config = make_config(fsdp=8)
     mesh = make_mesh(config.mesh)
     model = Decoder(MODEL, rngs=nnx.Rngs(0), mesh=mesh)
     state = init_state(model, make_optimizer(config.optimizer, STEPS), mesh)
-    for leaf in (state.params["embed"][...], state.opt_state[1][0].mu["embed"][...]):
+    for leaf in (state.params["embed"][...], state.opt_state[0].mu["embed"][...]):
         assert leaf.addressable_shards[0].data.shape == (VOCAB, MODEL.hidden_size // 8)
 
 
-def test_a_step_that_is_not_finite_keeps_the_state(batch: dict[str, np.ndarray]) -> None:
+def test_a_nonfinite_step_keeps_the_state(batch: dict[str, np.ndarray]) -> None:
     config = make_config()
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     state = init_state(
         Decoder(MODEL, rngs=nnx.Rngs(0)), make_optimizer(config.optimizer, STEPS), mesh
     )
-    step = make_train_step(config, STEPS, mesh, state)
-    state, _ = step(state, place_batch(mesh, batch, 1))
+    step = make_step(config, STEPS, mesh, state)
+    state, _ = step(state, place_batch(mesh, Batch.of(batch), 1))
     before = jax.tree.map(np.array, state)
     poisoned = batch | {"token_weights": np.full((ROWS, LENGTH), np.inf, np.float32)}
-    state, metrics = step(state, place_batch(mesh, poisoned, 1))
+    state, metrics = step(state, place_batch(mesh, Batch.of(poisoned), 1))
     assert bool(metrics["nonfinite"])
     for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(state), strict=True):
         np.testing.assert_array_equal(a, np.asarray(b))
-    state, metrics = step(state, place_batch(mesh, batch, 1))
+    state, metrics = step(state, place_batch(mesh, Batch.of(batch), 1))
     assert not bool(metrics["nonfinite"])
     assert int(state.step) == 2
+
+
+@pytest.mark.parametrize("clip", [0.25, 0.0])
+def test_the_gradient_is_clipped_to_clip_norm_or_not_at_all(
+    clip: float, batch: dict[str, np.ndarray]
+) -> None:
+    optimizer = OptimizerConfig(learning_rate=1e-2, warmup_ratio=0.0, b1=0.0, clip_norm=clip)
+    state, [metrics] = run(dataclasses.replace(make_config(), optimizer=optimizer), batch)
+    assert metrics["grad_norm"] > 0.3  # The norm before clipping.
+    # With b1 = 0 the first moment is the gradient that the optimizer was given.
+    given = optax.tree.norm(state.opt_state[0].mu)
+    np.testing.assert_allclose(given, clip or metrics["grad_norm"], **F32)
 
 
 def test_the_state_is_donated_and_nothing_compiles_twice(batch: dict[str, np.ndarray]) -> None:
@@ -249,12 +264,12 @@ def test_the_state_is_donated_and_nothing_compiles_twice(batch: dict[str, np.nda
     state = init_state(
         Decoder(MODEL, rngs=nnx.Rngs(0), mesh=mesh), make_optimizer(config.optimizer, STEPS), mesh
     )
-    step = make_train_step(config, STEPS, mesh, state)
+    step = make_step(config, STEPS, mesh, state)
     first = state
     for _ in range(3):
-        state, _ = step(state, place_batch(mesh, batch, 1))
+        state, _ = step(state, place_batch(mesh, Batch.of(batch), 1))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first.params))
-    assert step._cache_size() == 1
+    assert step._cache_size() == 1  # type: ignore[attr-defined]
 
 
 def test_dividing_by_weights_makes_their_mean_one(batch: dict[str, np.ndarray]) -> None:
@@ -288,7 +303,7 @@ def test_sequence_ids_differ_between_conversations_and_rows() -> None:
     assert int(ids.max()) < ids.size
 
 
-def test_options_of_the_loss_reach_it(batch: dict[str, np.ndarray]) -> None:
+def test_options_of_the_config_reach_the_loss(batch: dict[str, np.ndarray]) -> None:
     _, [sft] = run(make_config(weighting="sft", options={}), batch)
     np.testing.assert_allclose(sft["loss"], sft["nll"], rtol=1e-6)
     config = make_config(chunk_size=16)

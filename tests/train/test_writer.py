@@ -1,5 +1,6 @@
 """metrics.jsonl, TensorBoard, and what the terminal shows."""
 
+import importlib.util
 import io
 import json
 import math
@@ -16,8 +17,9 @@ from etils import epath
 from tensorboardX.proto import event_pb2
 
 from ranktuner_jax.errors import UserError
-from ranktuner_jax.train import TelemetryConfig, Writer, writer
-from ranktuner_jax.train.writer import check_telemetry
+from ranktuner_jax.train import TelemetryConfig, Writer
+from ranktuner_jax.train.telemetry.progress import Progress
+from ranktuner_jax.train.telemetry.weights_and_biases import check_telemetry
 from tests.buckets import bucket
 
 
@@ -31,7 +33,7 @@ def read(path: pathlib.Path) -> list[dict[str, float]]:
 
 
 def test_metrics_are_lines_of_json_and_events(tmp_path: pathlib.Path) -> None:
-    with Writer(tmp_path, start=0, steps=2, stream=io.StringIO()) as writer:
+    with Writer(tmp_path, start=0) as writer:
         writer.write(1, {"train/nll": 0.5, "train/loss": float("nan")})
     assert read(tmp_path / "metrics.jsonl") == [{"step": 1, "train/nll": 0.5, "train/loss": None}]
     events = list((tmp_path / "tensorboard").iterdir())
@@ -40,7 +42,7 @@ def test_metrics_are_lines_of_json_and_events(tmp_path: pathlib.Path) -> None:
 
 
 def events(folder: pathlib.Path) -> list[event_pb2.Event]:
-    """What a file of events holds: each is its length, a checksum of that, and one of its own."""
+    """The events of a file: each is its length, the length's checksum, itself, and its checksum."""
     [path] = folder.iterdir()
     content, found = path.read_bytes(), []
     while content:
@@ -50,10 +52,10 @@ def events(folder: pathlib.Path) -> list[event_pb2.Event]:
     return found
 
 
-def test_tensorboard_forgets_steps_that_are_done_again(tmp_path: pathlib.Path) -> None:
-    with Writer(tmp_path, start=4, steps=9, stream=io.StringIO()) as writer:
+def test_tensorboard_drops_steps_that_are_repeated(tmp_path: pathlib.Path) -> None:
+    with Writer(tmp_path, start=4) as writer:
         writer.write(5, {"train/nll": 0.5, "train/loss": float("nan")})
-        # It is on disk soon, not at the end.
+        # Flushed already, before the close.
         assert len(events(tmp_path / "tensorboard")) == 3
     version, session, metrics = events(tmp_path / "tensorboard")
     assert version.file_version == "brain.Event:2"
@@ -63,12 +65,12 @@ def test_tensorboard_forgets_steps_that_are_done_again(tmp_path: pathlib.Path) -
     assert values == {"train/nll": 0.5, "train/loss": pytest.approx(math.nan, nan_ok=True)}
 
 
-def test_a_full_disk_is_raised_where_numbers_are_written(tmp_path: pathlib.Path) -> None:
+def test_a_full_disk_raises_on_write_and_on_close(tmp_path: pathlib.Path) -> None:
     (tmp_path / "tensorboard").mkdir()
     for second in range(9):
         name = f"events.out.tfevents.{int(time.time()) + second}.{socket.gethostname()}"
         (tmp_path / "tensorboard" / name).symlink_to("/dev/full")
-    writer = Writer(tmp_path, start=0, steps=99, stream=io.StringIO())
+    writer = Writer(tmp_path, start=0)
     with pytest.raises(OSError, match="No space left"):
         writer.write(1, {"train/nll": 0.5})
     with pytest.raises(OSError, match="No space left"):
@@ -76,53 +78,61 @@ def test_a_full_disk_is_raised_where_numbers_are_written(tmp_path: pathlib.Path)
     assert writer._file.closed
 
 
-def test_lines_of_steps_that_are_done_again_are_dropped(tmp_path: pathlib.Path) -> None:
+def test_lines_of_repeated_steps_are_dropped(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n{"st')
-    with Writer(tmp_path, start=1, steps=3, stream=io.StringIO()) as writer:
+    with Writer(tmp_path, start=1) as writer:
         writer.write(2, {"train/nll": 1.0})
     assert [line["step"] for line in read(path)] == [0, 1, 2]
 
 
-def test_without_a_terminal_progress_is_plain_lines(tmp_path: pathlib.Path) -> None:
+def test_without_a_terminal_progress_is_plain_lines() -> None:
     stream = io.StringIO()
-    with Writer(tmp_path, start=0, steps=90, stream=stream) as writer:
-        writer.progress(3, loss=1.5, nll=2.5, speed=1234.4, left=3725)
-        writer.evaluating(1, 2)
+    progress = Progress(90, stream)
+    progress.step(3, loss=1.5, nll=2.5, speed=1234.4, left=3725)
+    progress.evaluation(1, 2)
+    progress.close()
     assert stream.getvalue() == (
         "step 3/90  loss 1.5000  nll 2.5000  1,234 tokens/s  1:02:05 left\n"
     )
 
 
-def test_on_a_terminal_progress_is_a_bar(tmp_path: pathlib.Path) -> None:
+def test_on_a_terminal_progress_is_a_bar() -> None:
     stream = Terminal()
-    with Writer(tmp_path, start=0, steps=90, stream=stream) as writer:
-        writer.evaluating(1, 2)
-        writer.evaluating(2, 2)
-        writer.progress(3, loss=1.5, nll=2.5, speed=1234.4, left=30)
-        writer.say("[said] as it is")
+    progress = Progress(90, stream)
+    progress.evaluation(1, 2)
+    progress.evaluation(2, 2)
+    progress.step(3, loss=1.5, nll=2.5, speed=1234.4, left=30)
+    progress.say("[said] as it is")
+    progress.close()
     shown = stream.getvalue()
     assert "3/90" in shown
     assert "[said] as it is" in shown
     assert "step 3/90" not in shown
 
 
-def test_other_processes_write_nothing(
+@pytest.mark.parametrize("stream", [io.StringIO(), Terminal()])
+def test_a_silent_process_shows_nothing(stream: io.StringIO) -> None:
+    progress = Progress(1, stream, silent=True)
+    progress.step(1, loss=1.0, nll=1.0, speed=1.0, left=0.0)
+    progress.evaluation(1, 2)
+    progress.say("hello")
+    progress.close()
+    assert stream.getvalue() == ""
+
+
+def test_only_the_first_process_writes(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("jax.process_index", lambda: 1)
-    stream = io.StringIO()
-    with Writer(tmp_path, start=0, steps=1, stream=stream) as writer:
+    with Writer(tmp_path) as writer:
         writer.write(1, {"train/nll": 0.5})
-        writer.progress(1, loss=1.0, nll=1.0, speed=1.0, left=0.0)
-        writer.say("hello")
-    assert stream.getvalue() == ""
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture
 def written(tmp_path: pathlib.Path) -> Iterator[list[str]]:
-    """The files that are written to gs://bucket, which is a folder here."""
+    """The names of the files written to gs://bucket, which is a local folder."""
     with bucket(tmp_path) as names:
         yield names
 
@@ -131,25 +141,25 @@ RUN = epath.Path("gs://bucket/run")
 
 
 @pytest.mark.usefixtures("written")
-def test_on_an_object_store_files_are_written_whole_and_a_run_goes_on() -> None:
-    with Writer(RUN, start=0, steps=2, stream=io.StringIO()) as one:
+def test_on_an_object_store_files_are_written_whole_and_a_run_resumes() -> None:
+    with Writer(RUN, start=0) as one:
         one.write(1, {"train/nll": 0.5})
         one.write(2, {"train/nll": 0.4})
-        assert not (RUN / "metrics.jsonl").exists()  # It is copied from time to time only.
+        assert not (RUN / "metrics.jsonl").exists()  # Copied once a minute and at the end.
     assert [line["step"] for line in read(RUN / "metrics.jsonl")] == [1, 2]
-    with Writer(RUN, start=1, steps=2, stream=io.StringIO()) as two:
+    with Writer(RUN, start=1) as two:
         two.write(2, {"train/nll": 0.3})
     assert [line["train/nll"] for line in read(RUN / "metrics.jsonl")] == [0.5, 0.3]
     [event, *_] = (RUN / "tensorboard").iterdir()
     assert b"train/nll" in event.read_bytes()
 
 
-def test_an_object_store_is_brought_up_to_date_once_a_minute(
+def test_an_object_store_is_updated_once_a_minute(
     written: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [100.0]
-    monkeypatch.setattr(writer.time, "monotonic", lambda: now[0])
-    with Writer(RUN, start=0, steps=9, stream=io.StringIO()) as one:
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with Writer(RUN, start=0) as one:
         trace = pathlib.Path(one.profile_path)
         trace.mkdir()
         (trace / "trace").write_text("as it stays")
@@ -165,13 +175,13 @@ def test_an_object_store_is_brought_up_to_date_once_a_minute(
 
 
 def test_a_second_close_does_nothing(tmp_path: pathlib.Path) -> None:
-    with Writer(tmp_path, start=0, steps=1, stream=io.StringIO()) as one:
+    with Writer(tmp_path, start=0) as one:
         one.close()
     one.write(1, {"train/nll": 0.5})
     assert read(tmp_path / "metrics.jsonl") == []
 
 
-def test_wandb_takes_the_same_numbers_and_an_interrupted_run_goes_on_with_them(
+def test_wandb_gets_the_same_numbers_and_continues_an_interrupted_run(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[tuple[str, Any]] = []
@@ -191,7 +201,7 @@ def test_wandb_takes_the_same_numbers_and_an_interrupted_run_goes_on_with_them(
     monkeypatch.setitem(sys.modules, "wandb", fake)
     config = TelemetryConfig(wandb="team/project")
     for start in (0, 1):
-        with Writer(tmp_path, start, 2, config, {"seed": 3}, io.StringIO()) as one:
+        with Writer(tmp_path, start, config, {"seed": 3}) as one:
             one.write(start + 1, {"train/nll": 0.5})
     names = [name for name, _ in calls]
     assert names == ["init", "log", "finish"] * 2
@@ -210,15 +220,15 @@ def test_wandb_itself_writes_a_run_without_a_network(
     monkeypatch.setenv("WANDB_MODE", "offline")
     config = TelemetryConfig(wandb="project")
     check_telemetry(config)
-    with Writer(tmp_path, 0, 2, config, {"seed": 3}, io.StringIO()) as one:
+    with Writer(tmp_path, 0, config, {"seed": 3}) as one:
         one.write(1, {"train/nll": 0.5})
     [log] = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
     identity = (tmp_path / "wandb_id").read_text()
     assert identity in log.name
-    assert "train/nll 0.5" in capsys.readouterr().err  # What it read back from its own log.
+    assert "train/nll 0.5" in capsys.readouterr().err  # The summary that wandb prints.
 
 
-def test_wandb_that_refuses_is_the_users_mistake(
+def test_an_error_of_wandb_is_a_user_error(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def init(**options: Any) -> None:
@@ -227,11 +237,11 @@ def test_wandb_that_refuses_is_the_users_mistake(
     fake = types.SimpleNamespace(init=init, Settings=lambda **options: options, Error=ValueError)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     with pytest.raises(UserError, match=r"telemetry\.wandb=mine: no API key$"):
-        Writer(tmp_path, 0, 2, TelemetryConfig(wandb="mine"), stream=io.StringIO())
+        Writer(tmp_path, 0, TelemetryConfig(wandb="mine"))
 
 
-def test_wandb_that_is_not_installed_is_the_users_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer.importlib.util, "find_spec", lambda name: None)
+def test_a_missing_wandb_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     check_telemetry(TelemetryConfig())
     with pytest.raises(UserError, match=r"telemetry\.wandb=mine: expected the package wandb"):
         check_telemetry(TelemetryConfig(wandb="mine"))

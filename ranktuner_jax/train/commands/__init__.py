@@ -1,1 +1,1 @@
-"""What the command line calls, a file a command: its flags, and what it prints."""
+"""The commands of the command line, one per file: flags and output."""

@@ -1,7 +1,7 @@
-"""Show what a model sees of a data set: its first rows as text, what is supervised, and lengths.
+"""Show a data set as the model sees it: the first rows as text, what is supervised, and lengths.
 
-Supervised text is green (or stands in ⟦brackets⟧ where there are no colours): the model learns to
-write it, after everything above it in the same conversation.
+Supervised text is shown in green (in ⟦brackets⟧ without colors): the model learns to generate it
+from everything before it in the same conversation.
 
   ranktuner data inspect --config.data.source=rows.jsonl
   ranktuner data inspect --config=gsm8k --config.model=Qwen/Qwen3-0.6B --config.data.row_length=512
@@ -22,9 +22,9 @@ __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares what `ranktuner data inspect` takes."""
+    """Adds the flags of `ranktuner data inspect`."""
     flags.add_config(parser, default="own_data", groups=("model", "seed", "data"))
-    parser.add_argument("--rows", type=int, default=2, help="how many rows to show [%(default)s]")
+    parser.add_argument("--rows", type=int, default=2, help="number of rows to show [%(default)s]")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,15 +1,15 @@
-r"""Write any source once as a TFDS data set, which training reads by random access.
+r"""Convert any data source to a TFDS data set, which training reads by random access.
 
-Conversations are checked on the way: rows that cannot be used are named, or counted and left out
-with --config.data.on_bad_row=skip. Nothing that exists is overwritten, and a run that stops leaves
-nothing.
+All rows are checked: an invalid row is an error, or is counted and skipped with
+--config.data.on_bad_row=skip. An existing folder is never overwritten, and an interrupted command
+leaves nothing behind.
 
   ranktuner data prepare --config.data.source='gsm8k_{split}.jsonl' --split=train --split=test \
       --config.data.strip_calculator_marks=True --output=data/gsm8k
   ranktuner data prepare --config.data.source=hub:AI-MO/NuminaMath-CoT \
       --split='train=train[:10000]' --split='test=train[-500:]' --output=data/numina
 
-The folder is then a source: --config.data.source=data/gsm8k.
+Then train on the folder with --config.data.source=data/gsm8k.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares what `ranktuner data prepare` takes."""
-    parser.add_argument("--output", required=True, help="folder of the data set; must not exist")
+    """Adds the flags of `ranktuner data prepare`."""
+    parser.add_argument("--output", required=True, help="folder to write; must not exist yet")
     parser.add_argument(
         "--split",
         action="append",
         metavar="NAME[=SLICE]",
-        help="a split to write, and what of the source goes into it; repeatable [train]",
+        help="a split to write, and the slice of the source to fill it; repeatable [train]",
     )
     flags.add_config(parser, default="own_data", groups=("data",))
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes the data set and says what became of the rows."""
+    """Writes the data set and prints how many rows were kept."""
     config = flags.read_config(args).data
     splits = dict((*split.split("=", 1), split)[:2] for split in args.split or ["train"])
     for name in splits:

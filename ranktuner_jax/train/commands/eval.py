@@ -1,5 +1,6 @@
 """Evaluate a model on held-out conversations, with the data and the task of a config.
 
+ranktuner eval --workdir=runs/first
 ranktuner eval --model=runs/first/model --config=smollm2_chain_sum
 ranktuner eval --model=runs/mine/model --config=own_data --config.data.source=rows.jsonl
 """
@@ -7,50 +8,57 @@ ranktuner eval --model=runs/mine/model --config=own_data --config.data.source=ro
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import os
 import sys
 
 import jax
-import jax.numpy as jnp
 
-from ranktuner_jax import data, evals, models
-from ranktuner_jax.train import distributed
+from ranktuner_jax import evals
+from ranktuner_jax.errors import UserError
 from ranktuner_jax.train.commands import flags
-from ranktuner_jax.train.compilation import keep_compiled
 from ranktuner_jax.train.config import MeshConfig
-from ranktuner_jax.train.held_out import HeldOut
-from ranktuner_jax.train.one_voice import one_voice
-from ranktuner_jax.train.sharding import make_mesh
+from ranktuner_jax.train.run import Run
+from ranktuner_jax.train.runtime import distributed
+from ranktuner_jax.train.runtime.compilation import keep_compiled
+from ranktuner_jax.train.runtime.report_once import report_once
 
 __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares what `ranktuner eval` takes."""
+    """Adds the flags of `ranktuner eval`."""
     parser.add_argument(
-        "--model", help="a Hugging Face folder, a hub id or a name; the config's by default"
+        "--model",
+        help="a Hugging Face folder, a hub id or a name; default: that of the run or config",
     )
-    flags.add_config(parser, groups=("model", "seed", "data", "eval"))
-    parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
+    flags.add_config(
+        parser,
+        groups=("model", "seed", "data", "eval"),
+        workdir="folder of a finished run, whose exported model and config to use",
+    )
+    parser.add_argument("--json", action="store_true", help="print the full result as JSON")
     distributed.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs it, in the arithmetic of the config's training."""
-    with one_voice(args):
-        config = flags.read_config_and_meet(args)
+    """Evaluates the model, in the compute_dtype of the config."""
+    with report_once(args):
+        config = flags.read_config_and_connect(args)
         keep_compiled()
-        folder = models.resolve(args.model or config.model)
-        tokenizer = data.load_tokenizer(folder, config.data.chat_template)
-        held_out = HeldOut(config, folder, tokenizer)
-        model = models.load_pretrained(
-            folder,
-            mesh=make_mesh(MeshConfig(data=1, fsdp=-1)),  # Whatever devices are here.
-            dtype=jnp.dtype(config.train.compute_dtype),
-            param_dtype=jnp.dtype(config.train.param_dtype),
+        opened = Run.open(
+            dataclasses.replace(
+                config,
+                model=args.model or _exported(args.workdir) or config.model,
+                mesh=MeshConfig(data=1, fsdp=-1),  # The devices of this machine.
+                train=dataclasses.replace(config.train, remat="none"),
+            )
         )
+        held_out = opened.held_out
         first = jax.process_index() == 0
-        result = held_out.cached(model, _progress if first and sys.stderr.isatty() else None)
+        progress = _progress if first and sys.stderr.isatty() else None
+        result = held_out.cached(opened.model, progress)
     if first:
         print(json.dumps(result.to_json(), indent=2) if args.json else _describe(result))
         if held_out.note:
@@ -58,14 +66,24 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _exported(workdir: str | None) -> str:
+    """The exported model of a run; "" without a workdir."""
+    if workdir is None:
+        return ""
+    folder = os.path.join(workdir, "model")
+    if not os.path.isdir(folder):
+        raise UserError(f"--workdir: expected a finished run, found no {folder}; finish it first")
+    return folder
+
+
 def _progress(done: int, total: int) -> None:
     end = "\n" if done >= total else ""
-    print(f"\rrows and questions done: {done} of {total}", end=end, file=sys.stderr, flush=True)
+    print(f"\rrows and questions: {done} of {total}", end=end, file=sys.stderr, flush=True)
 
 
 def _describe(result: evals.EvalResult) -> str:
     lines = [
-        f"plain NLL       {result.nll:.4f} nats a token ({result.tokens} supervised tokens)",
+        f"plain NLL       {result.nll:.4f} nats per token ({result.tokens} supervised tokens)",
         f"token accuracy  {result.token_accuracy:.1%}",
     ]
     if result.accuracy is not None and result.accuracy_interval is not None:

@@ -1,4 +1,4 @@
-"""Write a run's checkpoint as a Hugging Face folder, which transformers and vLLM load.
+"""Export a run's checkpoint as a Hugging Face folder for transformers and vLLM.
 
 ranktuner export --workdir=runs/first --output=exported
 ranktuner export --workdir=runs/first --step=50 --output=exported-50
@@ -14,26 +14,26 @@ from ranktuner_jax.train.export import export
 
 __all__ = ["add_arguments", "run"]
 
-_M_MMAP_THRESHOLD = -3  # As malloc.h has it.
+_M_MMAP_THRESHOLD = -3  # From malloc.h.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares what `ranktuner export` takes."""
+    """Adds the flags of `ranktuner export`."""
     parser.add_argument("--workdir", required=True, help="folder of the run")
-    parser.add_argument("--output", required=True, help="folder to write; it must not exist yet")
-    parser.add_argument("--step", type=int, help="which checkpoint; the newest by default")
+    parser.add_argument("--output", required=True, help="folder to write; must not exist yet")
+    parser.add_argument("--step", type=int, help="step of the checkpoint [the newest intact one]")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs it."""
-    _give_back_what_is_freed()
+    """Exports the checkpoint."""
+    _return_freed_memory()
     step = export(args.workdir, args.output, args.step)
-    print(f"step {step} of {args.workdir} is in {args.output}")
+    print(f"exported step {step} of {args.workdir} to {args.output}")
     return 0
 
 
-def _give_back_what_is_freed() -> None:
-    """Large blocks go back to the system: glibc keeps those that each thread of a pool freed."""
+def _return_freed_memory() -> None:
+    """Makes glibc return large freed blocks to the system instead of keeping them per thread."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if libc is not None and hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, 2**20)

@@ -1,4 +1,4 @@
-"""The flags that every command with data or a model takes: `--config` and `--config.KEY=VALUE`."""
+"""The flags of every command with data or a model: `--config` and `--config.KEY=VALUE`."""
 
 from __future__ import annotations
 
@@ -6,24 +6,30 @@ import argparse
 import functools
 from collections.abc import Collection, Sequence
 
-from ranktuner_jax.train import distributed
-from ranktuner_jax.train.config import TrainConfig, describe, load_config
-from ranktuner_jax.train.config_file import config_names
+from ranktuner_jax.train.config import TrainConfig, config_names, describe, load_config
+from ranktuner_jax.train.config import read_config as read_workdir
+from ranktuner_jax.train.runtime import distributed
 
-__all__ = ["add_config", "read_config", "read_config_and_meet"]
+__all__ = ["add_config", "read_config", "read_config_and_connect"]
 
 
 def add_config(
-    parser: argparse.ArgumentParser, *, default: str | None = None, groups: Collection[str] = ()
+    parser: argparse.ArgumentParser,
+    *,
+    default: str | None = None,
+    groups: Collection[str] = (),
+    workdir: str = "",
 ) -> None:
-    """Declares `--config` and lets `--config.KEY=VALUE` through.
+    """Adds `--config` and accepts `--config.KEY=VALUE`.
 
-    The help ends in the keys of the config that the command line names, with its values.
+    The command's help ends with the keys of the chosen config and their values.
 
     Args:
       parser: The parser of the command.
-      default: The config where none is named; without one it has to be.
-      groups: The keys of the first level that the command reads, for its help; all if left out.
+      default: The default config; without one, `--config` is required.
+      groups: The top-level keys that the command reads and its help lists; all if empty.
+      workdir: Help text of `--workdir`, a run whose config is used instead of `--config`; "" for
+        commands without this flag.
 
     Example:
       >>> parser = argparse.ArgumentParser()
@@ -33,12 +39,16 @@ def add_config(
       >>> read_config(args).train.steps
       5
     """
-    parser.add_argument(
+    chosen: argparse.ArgumentParser | argparse._MutuallyExclusiveGroup = parser
+    if workdir:
+        chosen = parser.add_mutually_exclusive_group(required=default is None)
+        chosen.add_argument("--workdir", help=workdir)
+    chosen.add_argument(
         "--config",
         default=default,
-        required=default is None,
+        required=default is None and not workdir,
         metavar="NAME|FILE",
-        help=f"a config by name ({', '.join(config_names())}) or a Python file with get_config()"
+        help=f"name of a config ({', '.join(config_names())}) or a Python file with get_config()"
         + f"; default {default}" * (default is not None),
     )
     parser.set_defaults(
@@ -47,21 +57,24 @@ def add_config(
 
 
 def read_config(args: argparse.Namespace) -> TrainConfig:
-    """The config that the flags name, with what they change.
+    """The config that the flags select, with their overrides.
 
     Raises:
-      UserError: As `load_config`.
+      UserError: Like `load_config`.
     """
+    if getattr(args, "workdir", None) and not args.config:
+        return read_workdir(args.workdir, args.overrides)
     return load_config(args.config, args.overrides)
 
 
-def read_config_and_meet(args: argparse.Namespace) -> TrainConfig:
-    """`read_config`, and joins the other processes of the run, where the flags say there are any.
+def read_config_and_connect(args: argparse.Namespace) -> TrainConfig:
+    """Reads the config, and connects to the other processes of a multi-process run.
 
-    A mistake is said before anybody waits, unless JAX has yet to find out which process this is.
+    The config is read first, so that an error in it is reported without waiting for the other
+    processes; with `--distributed`, only JAX knows which process this is, so it connects first.
 
     Raises:
-      UserError: As `load_config` and `distributed.initialize`.
+      UserError: Like `load_config` and `distributed.initialize`.
     """
     if args.distributed:
         distributed.initialize(args)
@@ -72,11 +85,11 @@ def read_config_and_meet(args: argparse.Namespace) -> TrainConfig:
 
 
 def _describe(arguments: Sequence[str], *, default: str | None, groups: Collection[str]) -> str:
-    """The keys of the config that a command line names, for the end of its help."""
+    """The keys of the config that a command line selects, for the end of its help."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", default=default)
     args, rest = parser.parse_known_args(arguments)
     given = [argument for argument in rest if argument.startswith("--config.") and "=" in argument]
     config = load_config(args.config, given) if args.config else None
-    title = f"keys of {args.config}, their values" if args.config else "keys of a config, defaults"
-    return f"{title} and meaning:\n{describe(config, groups)}"
+    values = f"values in {args.config}" if args.config else "defaults"
+    return f"config keys, with their {values} and meaning:\n{describe(config, groups)}"

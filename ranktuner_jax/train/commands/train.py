@@ -1,39 +1,86 @@
-"""Fine-tune a model: evaluate it, train it, evaluate it again, export it, show what changed.
+"""Fine-tune a model: evaluate, train, evaluate again, export, and show the difference.
 
   ranktuner train --workdir=runs/first
   ranktuner train --config=own_data --config.data.source=rows.jsonl --workdir=runs/mine
   ranktuner train --config=my/config.py --config.loss.weighting=sft --workdir=runs/sft
 
 Run the same command again to resume an interrupted run, or to see the results of a finished one.
-It exits with 0 when the run is finished, 2 for a mistake in what was asked, 75 when it was stopped
-and saved.
+Exit codes: 0 finished, 75 stopped and saved, 2 user error (flags, config or data), 1 other failure.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 
-from ranktuner_jax.train import distributed
+import jax
+import rich.console
+import rich.table
+
 from ranktuner_jax.train.commands import flags
-from ranktuner_jax.train.compilation import keep_compiled
-from ranktuner_jax.train.loop import train_and_evaluate
-from ranktuner_jax.train.one_voice import one_voice
+from ranktuner_jax.train.recipe import RunResult, train_and_evaluate
+from ranktuner_jax.train.runtime import distributed
+from ranktuner_jax.train.runtime.compilation import keep_compiled
+from ranktuner_jax.train.runtime.preemption import Stopped
+from ranktuner_jax.train.runtime.report_once import report_once
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["FINISHED", "PREEMPTED", "add_arguments", "run"]
+
+FINISHED, PREEMPTED = 0, 75
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares what `ranktuner train` takes."""
+    """Adds the flags of `ranktuner train`."""
     flags.add_config(parser, default="smollm2_chain_sum")
     parser.add_argument(
-        "--workdir", required=True, help="folder of the run: checkpoints, metrics, exported model"
+        "--workdir", required=True, help="output folder: checkpoints, metrics, exported model"
     )
     distributed.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs it."""
-    with one_voice(args):
-        config = flags.read_config_and_meet(args)
-        keep_compiled()
-        return train_and_evaluate(config, args.workdir)
+    """Runs the training and prints the evaluation before and after."""
+    first = True
+    try:
+        with report_once(args):
+            config = flags.read_config_and_connect(args)
+            keep_compiled()
+            first = jax.process_index() == 0
+            with distributed.exit_without_waiting():
+                result = train_and_evaluate(config, args.workdir)
+    except Stopped as stopped:
+        if first:
+            reason = str(stopped) or "stopped with every step saved"
+            print(f"{reason}: run the same command to resume", file=sys.stderr)
+        return PREEMPTED
+    if first:
+        _show(result)
+    return FINISHED
+
+
+def _show(result: RunResult) -> None:
+    """Prints the evaluation before and after, and the paths of the outputs."""
+    before, after = result.before, result.after
+    table = rich.table.Table(title=f"held-out, before and after {result.steps} steps")
+    for column in ("", "before", "after"):
+        table.add_column(column, justify="right" if column else "left")
+    table.add_row("plain NLL", f"{before.nll:.3f}", f"{after.nll:.3f}")
+    table.add_row("token accuracy", f"{before.token_accuracy:.1%}", f"{after.token_accuracy:.1%}")
+    if after.questions:
+        cells = []
+        for one in (before, after):
+            low, high = one.accuracy_interval or (0.0, 0.0)
+            cells.append(f"{one.accuracy:.1%} ({low:.1%} to {high:.1%})")
+        table.add_row("answers right", *cells)
+        table.caption = f"{after.questions} questions; 95 % interval in brackets"
+    rich.console.Console(file=sys.stdout).print(table)
+    lines = {"stopped early": result.stopped} if result.stopped else {}
+    for then, now in zip(before.previews[:1], after.previews[:1], strict=True):
+        lines |= {
+            "question": then.question,
+            "expected": then.expected,
+            "before": then.completion,
+            "after": now.completion,
+        }
+    for name, text in (lines | result.paths).items():
+        print(f"{name + ':':<13}{text}")

@@ -1,22 +1,25 @@
-"""A config as a Python file, found by name or path; what is wrong in it is said in one line."""
+"""Config files: Python files found by name or path, whose errors are reported in one line."""
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import linecache
+import os
 import pathlib
 import pkgutil
+import sys
 import traceback
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import ml_collections
 
 from ranktuner_jax.errors import UserError
+from ranktuner_jax.train.config.checks import suggestion
 
-__all__ = ["config_names", "read_config_file", "suggestion"]
+__all__ = ["ConfigFile", "config_names", "execute", "read_config_file"]
 
 
 def config_names() -> list[str]:
@@ -30,18 +33,31 @@ def config_names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
 
 
-def read_config_file(name: str) -> ml_collections.ConfigDict | Mapping[str, Any]:
-    """What `get_config()` of a config file returns.
+class ConfigFile(NamedTuple):
+    """The content of a config file.
+
+    Attributes:
+      chosen: The result of `get_config()`.
+      code: The source of a user's config file, which may register weightings, optimizers and tasks;
+        "" for a config that ships with the package.
+    """
+
+    chosen: Mapping[str, Any] | ml_collections.ConfigDict
+    code: str
+
+
+def read_config_file(name: str) -> ConfigFile:
+    """Executes a config file and calls its `get_config()`.
 
     Args:
       name: A name in the package `ranktuner_jax.configs`, or a path that ends in ".py".
 
     Raises:
-      UserError: If there is no such file, or it is not a config: it cannot be parsed, raises, or
-        returns something else. The message shows the line of the file at which that happened.
+      UserError: If the file does not exist, cannot be parsed, raises, or returns something else.
+        The message shows the line of the file at which that happened.
 
     Example:
-      >>> read_config_file("smollm2_chain_sum").data.source
+      >>> read_config_file("smollm2_chain_sum").chosen.data.source
       'chain_sum'
       >>> read_config_file("smollm2_chain_sun")
       Traceback (most recent call last):
@@ -59,49 +75,49 @@ def read_config_file(name: str) -> ml_collections.ConfigDict | Mapping[str, Any]
             f"--config: expected {', '.join(config_names())} or a path that ends in .py, "
             f"got {name!r}{suggestion(name, config_names())}"
         )
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    try:
+        module = execute(path)
+        get_config = getattr(module, "get_config", None)
+        chosen = get_config() if callable(get_config) else None
+    except Exception as error:  # User code may raise anything.
+        raise UserError(_describe_error(name, os.path.abspath(path), error)) from error
+    if get_config is None:
+        raise UserError(f"--config: {name} defines no get_config()")
+    if not isinstance(chosen, Mapping | ml_collections.ConfigDict):
+        raise UserError(
+            f"--config: expected get_config() of {name} to return a ConfigDict, got "
+            f"{type(chosen).__name__}; end it with `return ConfigDict(...)`"
+        )
+    return ConfigFile(chosen, path.read_text() if name.endswith(".py") else "")
+
+
+def execute(path: pathlib.Path) -> ModuleType:
+    """Executes a Python file as a separate module.
+
+    Raises:
+      Exception: Whatever the file raises.
+    """
+    spec = importlib.util.spec_from_file_location(f"ranktuner_config_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        get_config = getattr(module, "get_config", None)
-        config = get_config() if callable(get_config) else None
-    except Exception as error:  # The file is the user's: anything may come out of it.
-        raise UserError(_blame(name, str(spec.origin), error)) from error
-    if get_config is None:
-        raise UserError(f"--config: {name} defines no get_config()")
-    if not isinstance(config, Mapping | ml_collections.ConfigDict):
-        raise UserError(
-            f"--config: expected get_config() of {name} to return a ConfigDict, got "
-            f"{type(config).__name__}; end it with `return ConfigDict(...)`"
-        )
-    return config
+    sys.modules[spec.name] = module  # Dataclasses look up their types here.
+    spec.loader.exec_module(module)
+    return module
 
 
-def suggestion(word: str, known: Sequence[str]) -> str:
-    """The name that was meant, as the end of a message; "" where none is near.
-
-    Example:
-      >>> suggestion("sed", ["seed", "model"])
-      '; did you mean seed?'
-    """
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def _blame(name: str, file: str, error: Exception) -> str:
-    """File, line, error and the text of the line, in one line."""
+def _describe_error(name: str, file: str, error: Exception) -> str:
+    """The file, the line number, the error and the source line, in one line."""
     line: int | None = None
     if isinstance(error, SyntaxError) and error.filename == file:
-        line, said = error.lineno, error.msg
+        line, message = error.lineno, error.msg
     else:
-        # The innermost frame that is the user's: what it called is none of their business.
+        # The innermost frame in the user's file, not in the libraries that it calls.
         frames = traceback.extract_tb(error.__traceback__)
         line = next((f.lineno for f in reversed(frames) if f.filename == file), None)
-        said = str(error)
+        message = str(error)
     linecache.checkcache(file)
     text = linecache.getline(file, line).strip() if line else ""
     where = f"{name}:{line}" if line else name
-    reason = " ".join(f"{type(error).__name__}: {said}".split())
+    reason = " ".join(f"{type(error).__name__}: {message}".split())
     return f"--config: {where}: {reason}" + (f", in `{text}`" if text else "")

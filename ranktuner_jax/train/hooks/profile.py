@@ -1,50 +1,60 @@
-"""A profiler's trace of a few steps, for TensorBoard, XProf or Perfetto."""
+"""A profiler trace of a few steps, for TensorBoard, XProf or Perfetto."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax
+
+from ranktuner_jax.train.hooks.hook import Hook
+
+if TYPE_CHECKING:
+    from ranktuner_jax.train.trainer import Trainer
 
 __all__ = ["Profile"]
 
 
-class Profile:
+class Profile(Hook):
     """Traces the steps `first` to `last` on process 0.
 
     Args:
-      folder: Where the trace goes; a local path.
-      steps: `(first, last)`; empty for no trace.
+      first: The first step to trace.
+      last: The last step to trace.
+      folder: A local folder for the trace; `profile` in the workdir if left out.
+
+    Raises:
+      ValueError: If not `1 <= first <= last`, or the trainer has no workdir and no folder is given.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], steps: tuple[int, ...]) -> None:
-        self._folder = folder
-        self._steps = steps if jax.process_index() == 0 else ()
+    at_end = False
+
+    def __init__(self, first: int, last: int, folder: str | os.PathLike[str] | None = None) -> None:
+        if not 1 <= first <= last:
+            raise ValueError(f"first and last must be steps, in order: got {first} and {last}.")
+        super().__init__()
+        self._first, self._last, self._folder = first, last, folder
         self._running = False
 
-    def before(self, step: int, wait: Callable[[], None]) -> None:
-        """Called before each step: starts or ends the trace.
+    def start(self, trainer: Trainer) -> None:
+        """Determines the output folder."""
+        self._folder = self._folder or trainer.profile_path
+        if self._folder is None:
+            raise ValueError("Profile needs a folder, since the trainer has no workdir.")
 
-        Args:
-          step: The step that comes.
-          wait: Waits for the one before it, so that the trace holds whole steps.
-        """
-        if self._running and step > self._steps[1]:
-            wait()
-            self._stop()
-        if not self._running and self._steps and step == self._steps[0]:
-            wait()
+    def before_step(self, trainer: Trainer, step: int) -> None:
+        """Starts or ends the trace between steps, so that it holds complete steps."""
+        if self._running and step > self._last:
+            trainer.read_metrics()
+            self.close()
+        if step == self._first and jax.process_index() == 0:
+            trainer.read_metrics()
+            assert self._folder is not None
             jax.profiler.start_trace(self._folder)
             self._running = True
 
-    def _stop(self) -> None:
+    def close(self) -> None:
+        """Ends the trace."""
         if self._running:
             self._running = False
             jax.profiler.stop_trace()
-
-    def __enter__(self) -> Profile:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stop()

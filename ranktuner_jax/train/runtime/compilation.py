@@ -1,19 +1,19 @@
-"""Compiled programs, kept between runs."""
+"""JAX's persistent compilation cache."""
 
 from __future__ import annotations
 
 import jax
 
-from ranktuner_jax import models
+from ranktuner_jax.files import cache_dir
 
 __all__ = ["keep_compiled"]
 
 
 def keep_compiled() -> None:
-    """Lets JAX keep what it compiles in the user's cache: a run that goes on starts at once.
+    """Enables JAX's persistent compilation cache, so that a resumed run starts quickly.
 
-    A setting of the user's (`JAX_COMPILATION_CACHE_DIR`, such as a bucket that all hosts share)
-    stays.
+    It is kept in the user's cache, unless `JAX_COMPILATION_CACHE_DIR` is set (e.g. to a bucket that
+    all hosts share).
 
     Example:
       >>> before = jax.config.values["jax_compilation_cache_dir"]
@@ -23,5 +23,5 @@ def keep_compiled() -> None:
       >>> jax.config.update("jax_compilation_cache_dir", before)
     """
     if jax.config.values["jax_compilation_cache_dir"] is None:
-        folder = models.default_cache_dir() / "compiled"
+        folder = cache_dir() / "compiled"
         jax.config.update("jax_compilation_cache_dir", str(folder))

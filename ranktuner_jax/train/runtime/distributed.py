@@ -1,4 +1,4 @@
-"""A run of several processes: the flags by which they find each other."""
+"""Runs of several processes: their flags, how they connect, and how they exit on failure."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ import jax
 
 from ranktuner_jax.errors import RunError, UserError
 
-__all__ = ["add_arguments", "end_alone", "initialize"]
+__all__ = ["add_arguments", "exit_without_waiting", "initialize"]
 
-# A process that is silent for so long is taken for dead, and the others end. Checkpoints and
-# compilation leave the heartbeat's thread alone, so that silence means what it says.
+# A process without a heartbeat for this long is considered dead, and the others exit. Neither
+# checkpoints nor compilation block the heartbeat's thread.
 _HEARTBEAT_SECONDS = 30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the flags of a run of several processes."""
-    group = parser.add_argument_group("several processes")
+    """Adds the flags of a multi-process run."""
+    group = parser.add_argument_group("multi-process runs")
     group.add_argument(
         "--distributed",
         action="store_true",
-        help="one of several processes that JAX finds by itself: TPU pods, SLURM, Open MPI",
+        help="let JAX detect the other processes (TPU pods, SLURM, Open MPI)",
     )
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
-    group.add_argument("--processes", type=int, metavar="N", help="how many there are")
-    group.add_argument("--process", type=int, metavar="I", help="which one this is, from 0")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    group.add_argument("--processes", type=int, metavar="N", help="number of processes")
+    group.add_argument("--process", type=int, metavar="I", help="index of this one, from 0")
 
 
 def initialize(args: argparse.Namespace) -> None:
-    """Joins the other processes; does nothing where no flag asks for it.
+    """Connects to the other processes; does nothing if none of the flags is given.
 
-    It has to be called before anything touches a device.
+    Must be called before JAX initializes its devices.
 
     Args:
       args: The flags of `add_arguments`.
 
     Raises:
-      UserError: If the flags do not make a whole, or the others cannot be reached.
+      UserError: If some of the flags are missing, or the other processes cannot be reached.
 
     Example:
       >>> parser = argparse.ArgumentParser()
@@ -51,14 +51,14 @@ def initialize(args: argparse.Namespace) -> None:
       Traceback (most recent call last):
       ranktuner_jax.errors.UserError: --coordinator, --processes, --process: expected all three, ...
     """
-    place = (args.coordinator, args.processes, args.process)
-    given = sum(value is not None for value in place)
+    address = (args.coordinator, args.processes, args.process)
+    given = sum(value is not None for value in address)
     if (given, args.distributed) == (0, False):
         return
     if (given, args.distributed) not in ((0, True), (3, False)):
         raise UserError(
             "--coordinator, --processes, --process: expected all three, or --distributed alone "
-            "where JAX finds the processes by itself; got "
+            "if JAX can detect the processes; got "
             f"--coordinator={args.coordinator} --processes={args.processes} "
             f"--process={args.process} --distributed={args.distributed}"
         )
@@ -68,17 +68,17 @@ def initialize(args: argparse.Namespace) -> None:
             f"got {args.process}"
         )
     try:
-        jax.distributed.initialize(*place, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
+        jax.distributed.initialize(*address, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"--distributed: {' '.join(str(error).split())}") from error
 
 
 @contextlib.contextmanager
-def end_alone() -> Iterator[None]:
-    """Lets a process that cannot go on end at once, in one line and with exit code 1.
+def exit_without_waiting() -> Iterator[None]:
+    """Makes a process that cannot continue exit immediately, with one line and exit code 1.
 
-    Saves and the end of JAX's own service wait for all processes, of which one may be gone. A run
-    of one process raises as ever.
+    A normal exit would wait for all processes (saves, JAX's shutdown), and one may be dead. A run
+    of one process raises the error instead.
     """
     try:
         yield
@@ -88,8 +88,8 @@ def end_alone() -> Iterator[None]:
         line = str(error).splitlines()[0]
         if not isinstance(error, RunError):
             line = (
-                f"a device or another process of the run is gone ({line[:200]}); the same command, "
-                "in all processes, goes on from the newest checkpoint"
+                f"a device or another process of the run failed ({line[:200]}); run the same "
+                "command in all processes to resume from the newest checkpoint"
             )
         print(f"ranktuner: {line}", file=sys.stderr, flush=True)
         os._exit(1)

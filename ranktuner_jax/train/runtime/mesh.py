@@ -1,15 +1,16 @@
-"""The mesh of a run, and batches placed on it; where parameters lie, `models.partition` says."""
+"""The device mesh and the placement of batches; `models.partition` shards the parameters."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from ranktuner_jax.data import Batch
 from ranktuner_jax.errors import UserError
 from ranktuner_jax.train.config import MeshConfig
 
@@ -20,9 +21,9 @@ BATCH_AXES = ("data", "fsdp")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of the axes data, fsdp and tensor; a size of -1 takes the devices left over.
+    """A mesh with the axes data, fsdp and tensor; a size of -1 takes all remaining devices.
 
-    The later an axis, the more it talks, and the nearer to each other are its devices.
+    Later axes communicate more, so their devices are closer to each other.
 
     Args:
       config: The sizes.
@@ -52,11 +53,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def _lay_out(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
-    """Devices by their places in the mesh, such that neighbours are wired to each other."""
+    """Arranges the devices in the mesh so that neighbors are directly connected."""
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1 or devices[0].platform != "tpu":
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    # Between slices there is a slower network: data crosses it, and fsdp where data is too small.
+    # The network between slices is slower: only data crosses it, and fsdp if data is too small.
     data, fsdp, _ = sizes
     across = math.gcd(data, slices)
     if fsdp % (slices // across):
@@ -74,17 +75,17 @@ def _lay_out(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
 def row_share(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
     """Which share of a batch's rows a process reads, and how many shares there are.
 
-    Processes that hold the same rows, as where a tensor axis spans them, read the same share.
+    Processes that hold the same rows, because a tensor axis spans them, read the same share.
 
     Args:
       mesh: The mesh.
       process: The process; this one by default.
 
     Returns:
-      The number of the share, from 0, and how many there are: all are of the same size.
+      The index of the share, from 0, and the number of shares, which all have the same size.
 
     Raises:
-      UserError: If the devices of a process hold a part of another one's rows.
+      UserError: If the rows of two processes overlap only in part.
 
     Example:
       >>> row_share(make_mesh(MeshConfig(data=-1), jax.devices()[:1]))
@@ -106,10 +107,10 @@ def row_share(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
 
 
 def check_batch(mesh: Mesh, batch_size: int, accumulation: int) -> None:
-    """Refuses a batch whose micro-batches cannot be divided over the devices.
+    """Checks that the micro-batches of a batch can be divided over the devices.
 
     Raises:
-      UserError: If it is so.
+      UserError: If batch_size is not a multiple of accumulation × the data and fsdp axes.
     """
     parts = accumulation * math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if batch_size % parts:
@@ -119,26 +120,24 @@ def check_batch(mesh: Mesh, batch_size: int, accumulation: int) -> None:
         )
 
 
-def place_batch(
-    mesh: Mesh, batch: Mapping[str, np.ndarray], accumulation: int
-) -> dict[str, jax.Array]:
-    """One process's share of a batch as global arrays [accumulation, rows, ...].
+def place_batch(mesh: Mesh, batch: Batch, accumulation: int) -> Batch:
+    """Places this process's share of a batch as global arrays [accumulation, rows, ...].
 
-    Micro-batches are cut here, on the host: each device then has rows of every one of them, and
-    no row moves between devices.
+    The batch is split into micro-batches here, on the host, so that each device holds rows of every
+    micro-batch and no row moves between devices.
 
     Args:
       mesh: The mesh; rows are divided over `BATCH_AXES`.
-      batch: Arrays whose first dimension is this process's rows.
+      batch: Arrays whose first axis is this process's rows.
       accumulation: The number of micro-batches.
 
     Returns:
       The global arrays.
     """
     sharding = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
-    return {
-        name: jax.make_array_from_process_local_data(
-            sharding, value.reshape(accumulation, -1, *value.shape[1:])
-        )
-        for name, value in batch.items()
-    }
+
+    def place(array: np.ndarray) -> jax.Array:
+        split = array.reshape(accumulation, -1, *array.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, split)
+
+    return jax.tree.map(place, batch)

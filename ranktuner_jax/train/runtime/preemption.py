@@ -1,4 +1,4 @@
-"""Notices that the run is to stop: SIGTERM or Ctrl-C, to any of its processes."""
+"""Requests to stop a run: SIGTERM or Ctrl-C, sent to any of its processes."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ __all__ = ["StopNotice", "Stopped"]
 
 
 class Stopped(KeyboardInterrupt):
-    """The run ends here, with all that it has to keep on disk; says how, where that matters."""
+    """The run was stopped with everything saved; the message, if any, gives details."""
 
 
 class StopNotice:
-    """Whether the run is to stop; the second Ctrl-C acts as ever.
+    """Records a request to stop the run; a second Ctrl-C interrupts as usual. May be nested.
 
-    A run of one process is stopped at once by `Stopped`, wherever it is, but for the `deferred`
-    block, in which it asks. Where `jax.distributed` is initialized, SIGTERM is JAX's preemption
-    notice: the run goes on until it asks, and all processes get the same answer to the same
-    question. So all have to ask equally often.
+    In a run of one process, a signal raises `Stopped` immediately, except in a `deferred` block,
+    where the run polls with `reached`. With `jax.distributed`, SIGTERM is JAX's preemption notice:
+    the run continues until it polls, and the n-th call of `reached` returns the same in all
+    processes, so all must call it equally often.
     """
+
+    _polls = 0  # Of all notices in this process: JAX needs a new number for each.
 
     def __init__(self) -> None:
         self._noticed = threading.Event()
         self._deferred = self._distributed = jax.distributed.is_initialized()
-        self._asked = 0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopNotice:
-        # Python's handler would take the place of JAX's.
+        # With jax.distributed, SIGTERM is left to JAX's handler.
         numbers = [signal.SIGINT] if self._distributed else [signal.SIGINT, signal.SIGTERM]
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._handle) for number in numbers}
@@ -46,24 +47,24 @@ class StopNotice:
             signal.signal(number, before)
 
     def reached(self) -> bool:
-        """Whether the run is to stop at this point."""
+        """Whether the run should stop at this point."""
         if not self._distributed:
             return self._noticed.is_set()
-        self._asked += 1
-        return multihost_utils.reached_preemption_sync_point(self._asked)
+        StopNotice._polls += 1
+        return multihost_utils.reached_preemption_sync_point(StopNotice._polls)
 
     def check(self) -> None:
-        """Stops here if it is to.
+        """Raises `Stopped` if the run should stop.
 
         Raises:
-          Stopped: If it is so.
+          Stopped: If `reached` is true.
         """
         if self.reached():
             raise Stopped
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """A block in which the run stops only where it asks; after it, at once."""
+        """A block in which a signal raises `Stopped` only at `check`, or at its end."""
         before, self._deferred = self._deferred, True
         try:
             yield

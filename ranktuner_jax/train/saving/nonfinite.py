@@ -1,123 +1,84 @@
-"""A step whose loss or gradient is not finite: what is kept of it, and how it is done again."""
+"""Saves a step with a non-finite loss or gradient, so that it can be replayed."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import io
-import json
-import os
 from collections.abc import Mapping
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from flax import nnx
-from flax.training.train_state import TrainState
 from jax.experimental import multihost_utils
 
-from ranktuner_jax import models
-from ranktuner_jax.errors import RunError, UserError
-from ranktuner_jax.train.checkpoint import Checkpoints
-from ranktuner_jax.train.config import CheckpointConfig, TrainConfig, read_config, to_dict
-from ranktuner_jax.train.sharding import make_mesh, place_batch
-from ranktuner_jax.train.state import init_state, make_optimizer
-from ranktuner_jax.train.step import make_train_step
+from ranktuner_jax import files
+from ranktuner_jax.data import Batch
+from ranktuner_jax.errors import UserError
+from ranktuner_jax.train.config import CheckpointConfig
+from ranktuner_jax.train.saving.checkpoint import Checkpoints
+from ranktuner_jax.train.step.state import TrainState
 
-__all__ = ["NonFiniteError", "replay", "stop_at"]
-
-
-@dataclasses.dataclass
-class NonFiniteError(Exception):
-    """The step after which the run has to stop; it changed nothing."""
-
-    step: int
-    loss: float
-    grad_norm: float
-    batch: Mapping[str, jax.Array]
+__all__ = ["gather", "keep_step", "load_step"]
 
 
-def stop_at(
-    found: NonFiniteError, state: TrainState, config: TrainConfig, steps: int, workdir: epath.Path
-) -> RunError:
-    """Keeps the batch and the state before it in `nonfinite/step_N` of the workdir.
-
-    Args:
-      found: The step.
-      state: The state before it.
-      config: The run.
-      steps: Its number of steps.
-      workdir: Its folder.
-
-    Returns:
-      What there is to say, with the rows of the data set that all processes read.
-    """
-    batch = {
-        name: np.asarray(multihost_utils.process_allgather(array, tiled=True))
-        for name, array in found.batch.items()
-    }
-    folder = _folder(workdir, found.step)
-    try:
-        if jax.process_index() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            with io.BytesIO() as file:
-                np.savez(file, **batch)  # type: ignore[arg-type]
-                (folder / "batch.npz").write_bytes(file.getvalue())
-            (folder / "steps.json").write_text(json.dumps(steps))
-        with contextlib.closing(
-            Checkpoints(folder, CheckpointConfig(asynchronous=False), to_dict(config), state.params)
-        ) as checkpoints:
-            checkpoints.save(found.step - 1, state, {})
-        kept = f"`ranktuner_jax.train.replay({os.fspath(workdir)!r}, {found.step})` does it again"
-    except (OSError, RunError) as error:
-        kept = f"it could not be kept in {folder}: {error}"
-    return RunError(
-        f"step {found.step}: the loss is {found.loss} and the gradient norm {found.grad_norm}, on "
-        f"rows {batch['row_index'].ravel().tolist()} of the data set; {kept}; "
-        "--config.train.on_nonfinite=skip goes on without such steps"
+def gather(batch: Batch) -> Batch:
+    """A placed batch as NumPy arrays, with the rows of all processes."""
+    return jax.tree.map(
+        lambda array: np.asarray(multihost_utils.process_allgather(array, tiled=True)), batch
     )
 
 
-def replay(workdir: str | os.PathLike[str], step: int) -> dict[str, float]:
-    """Does a step again that was not finite, from the state and the batch that were kept.
+def keep_step(
+    workdir: epath.Path, step: int, state: TrainState, batch: Batch, run: Mapping[str, Any]
+) -> None:
+    """Writes the batch of a step and the state before it to `nonfinite/step_N` of the workdir.
 
     Args:
       workdir: The folder of the run.
-      step: The step that it named when it stopped.
-
-    Returns:
-      The metrics of the step: "loss", "grad_norm" and so on.
+      step: The step.
+      state: The state before it.
+      batch: The result of `gather`, the same in every process.
+      run: The config of the run.
 
     Raises:
-      UserError: If nothing was kept of such a step.
+      OSError, RunError: If the files cannot be written.
     """
-    workdir = epath.Path(workdir)
     folder = _folder(workdir, step)
-    if not (folder / "steps.json").exists():
-        raise UserError(f"expected a step that was not finite in {folder}, found none")
-    steps = json.loads((folder / "steps.json").read_text())
-    config = read_config(workdir)
-    mesh = make_mesh(config.mesh)
-    model = models.load_pretrained(
-        models.resolve(config.model),
-        mesh=mesh,
-        dtype=jnp.dtype(config.train.compute_dtype),
-        param_dtype=jnp.dtype(config.train.param_dtype),
-        remat=config.train.remat,
-    )
-    params = nnx.state(model, nnx.Param)
+    if jax.process_index() == 0:
+        with io.BytesIO() as file:
+            np.savez(file, **vars(batch))
+            files.write_whole(folder / "batch.npz", file.getvalue())
     with contextlib.closing(
-        Checkpoints(folder, config.checkpoint, to_dict(config), params, read_only=True)
+        Checkpoints(folder, CheckpointConfig(asynchronous=False), run, state.params)
     ) as checkpoints:
-        state = init_state(model, make_optimizer(config.optimizer, steps), mesh)
+        checkpoints.save(step - 1, state, {})
+
+
+def load_step(
+    workdir: epath.Path, step: int, state: TrainState, run: Mapping[str, Any]
+) -> tuple[TrainState, Batch]:
+    """The state and the batch, split into micro-batches, that `keep_step` wrote.
+
+    Args:
+      workdir: The folder of the run.
+      step: The step.
+      state: A state with the structure and the shardings to restore into; its arrays are deleted.
+      run: The config of the run.
+
+    Raises:
+      UserError: If no such step was saved.
+    """
+    folder = _folder(workdir, step)
+    if not (folder / "batch.npz").exists():
+        raise UserError(f"expected a saved non-finite step in {folder}, found none")
+    with contextlib.closing(
+        Checkpoints(folder, CheckpointConfig(), run, state.params, read_only=True)
+    ) as checkpoints:
         state = checkpoints.restore(state).state
     with np.load(io.BytesIO((folder / "batch.npz").read_bytes())) as kept:
-        # The micro-batches are cut again.
-        rows = {name: kept[name].reshape(-1, *kept[name].shape[2:]) for name in kept.files}
-    batch = place_batch(mesh, rows, config.train.accumulation)
-    _, metrics = make_train_step(config, steps, mesh, state)(state, batch)
-    return {name: float(value) for name, value in jax.device_get(metrics).items() if not value.ndim}
+        return state, Batch(**{field.name: kept[field.name] for field in dataclasses.fields(Batch)})
 
 
 def _folder(workdir: epath.Path, step: int) -> epath.Path:

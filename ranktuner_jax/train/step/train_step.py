@@ -1,76 +1,84 @@
-"""One optimizer step: gradients over micro-batches, summed apart from their count, applied once."""
+"""One optimizer step: sums of gradients and counts over micro-batches, divided once."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax.training.train_state import TrainState
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ranktuner_jax import losses, models
-from ranktuner_jax.train.config import TrainConfig
-from ranktuner_jax.train.sharding import BATCH_AXES
-from ranktuner_jax.train.state import make_schedule
+from ranktuner_jax.data import Batch
+from ranktuner_jax.train.runtime.mesh import BATCH_AXES
+from ranktuner_jax.train.step.state import TrainState
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
 
 __all__ = ["make_train_step", "sequence_ids"]
 
-Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 
 def make_train_step(
-    config: TrainConfig, steps: int, mesh: Mesh, state: TrainState
+    state: TrainState,
+    mesh: Mesh,
+    *,
+    weighting: losses.Weighting,
+    normalize: Literal["tokens", "weights"] = "tokens",
+    ramp_steps: int = 0,
+    chunk_size: int | None = None,
+    clip_norm: float = 0.0,
+    schedule: optax.Schedule | None = None,
+    make_loss: Callable[..., Callable[..., losses.LossOutput]] = losses.sharded_weighted_nll,
 ) -> jax.stages.Wrapped:
-    """Builds the jitted step `(state, batch) -> (state, metrics)`; the state is donated.
+    """Builds the jitted step `(state, batch, hold=False) -> (state, metrics)`.
 
-    The loss is a sum and a count. Both are added over micro-batches (`place_batch`), and the
-    gradient of the sum is divided by the whole count once, so that how a batch is cut changes
-    nothing but rounding. A step whose loss or gradient is not finite returns the state that it
-    was given, with `metrics["nonfinite"] == 1`; a third argument, `hold`, keeps the state in any
-    case.
+    The state is donated. The loss is a sum and a count. Both are added over micro-batches, and the
+    gradient of the sum is divided once by the total count, so that the split into micro-batches
+    affects only rounding. A step with a non-finite loss or gradient returns the state unchanged,
+    with `metrics["nonfinite"]` true; a step with `hold` returns it unchanged too.
 
     Args:
-      config: The run.
-      steps: The optimizer steps of the whole run, for the learning rate that is logged.
-      mesh: The mesh on which the state lies.
       state: The state, for its shardings.
+      mesh: The mesh that the state is on.
+      weighting: How tokens are weighted.
+      normalize: "tokens" or "weights", see `losses.LossOutput.mean`.
+      ramp_steps: Steps over which the weights ramp from 1 to their full values; 0 for no ramp.
+      chunk_size: Tokens per chunk of logits; None lets the loss choose.
+      clip_norm: Maximum global gradient norm; 0 disables clipping.
+      schedule: Learning rate by optimizer step, for `metrics["learning_rate"]`.
+      make_loss: Builds the loss on the mesh, with the signature of `losses.sharded_weighted_nll`.
 
     Returns:
-      The step.
+      The step; it takes batches from `place_batch`, `[micro-batches, rows, T]`.
     """
-    weighting = config.loss.make_weighting()
-    schedule = make_schedule(config.optimizer, steps)
-    ramp_steps = config.loss.ramp_steps
 
     def loss_fn(
         params: Any, batch: Batch, state: TrainState
     ) -> tuple[Float[Array, ""], losses.LossOutput]:
-        model = state.apply_fn(params)
-        hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"])
-        unembed_spec = models.param_shardings({"head": model.unembed}, mesh)["head"].spec
-        loss = losses.sharded_weighted_nll(
+        model = state.model(params)
+        hidden = model(batch.tokens, batch.positions, batch.segment_ids)
+        loss = make_loss(
             mesh,
             batch_axes=BATCH_AXES,
-            vocab_axis=unembed_spec[0],
-            unembed_spec=unembed_spec,
+            vocab_axis=model.unembed_spec[0],
+            unembed_spec=model.unembed_spec,
             weighting=weighting,
-            chunk_size=config.loss.chunk_size or None,
+            chunk_size=chunk_size,
             vocab_size=model.vocab_size,
         )
         output = loss(
             hidden,
             model.unembed,
-            batch["labels"],
-            batch["mask"],
-            token_weights=batch["token_weights"],
-            sequence_ids=sequence_ids(batch["segment_ids"]),
+            batch.labels,
+            batch.mask,
+            token_weights=batch.token_weights,
+            sequence_ids=sequence_ids(batch.segment_ids),
             ramp=jnp.minimum(1.0, (state.step + 1) / ramp_steps) if ramp_steps else 1.0,
         )
         return output.total, output
@@ -81,13 +89,13 @@ def make_train_step(
 
     def accumulate(state: TrainState, batch: Batch) -> tuple[Any, losses.LossOutput]:
         first = jax.tree.map(lambda array: array[0], batch)
-        if config.train.accumulation == 1:
+        if batch.tokens.shape[0] == 1:
             return gradients(state, first)
 
         def add(sums: Any, micro: Batch) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, sums, gradients(state, micro)), None
 
-        # In float32, whatever the parameters are: a sum of many rounds more than each of them.
+        # In float32 at least: sums of many micro-batches accumulate rounding errors.
         zeros = jax.tree.map(
             lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)),
             jax.eval_shape(gradients, state, first),
@@ -98,36 +106,37 @@ def make_train_step(
         state: TrainState, batch: Batch, hold: Bool[Array, ""] | bool = False
     ) -> tuple[TrainState, Metrics]:
         grads, output = accumulate(state, batch)
-        loss = output.mean(config.loss.normalize)
-        # The factor between the sum and the mean, 0 where nothing is supervised.
-        scale = dataclasses.replace(output, total=jnp.ones_like(output.total)).mean(
-            config.loss.normalize
-        )
+        loss = output.mean(normalize)
+        # The factor from the sum to the mean, 0 if nothing is supervised.
+        scale = dataclasses.replace(output, total=jnp.ones_like(output.total)).mean(normalize)
         grad_norm = scale * optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        taken = finite & jnp.logical_not(hold)
+        if clip_norm:
+            scale = scale * jnp.minimum(1.0, clip_norm / grad_norm)
         scaled = jax.tree.map(
             lambda grad, param: (grad * scale).astype(param.dtype), grads, state.params
         )
-        # A branch, not a choice element by element: the state is then updated where it lies. The
-        # scaling is not in it: out here it takes the place of the gradient.
+        # A branch, not an elementwise select, so that the state is updated in place. The gradients
+        # are scaled outside of it, so that they are scaled in place too.
         new_state = jax.lax.cond(
-            taken,
+            finite & jnp.logical_not(hold),
             lambda state, grads: state.apply_gradients(grads=grads),
             lambda state, _: state,
             state,
             scaled,
         )
-        real = batch["segment_ids"] > 0
-        return new_state, losses.summarize(output) | {
+        real = batch.segment_ids > 0
+        metrics = losses.summarize(output) | {
             "loss": loss,
             "grad_norm": grad_norm,
-            "learning_rate": schedule(state.step),
             "supervised_tokens": output.denom,
             "tokens": jnp.sum(real),
-            "seen": jnp.sum(jnp.where(real, batch["positions"] + 1, 0).astype(jnp.float32)),
+            "seen": jnp.sum(jnp.where(real, batch.positions + 1, 0).astype(jnp.float32)),
             "nonfinite": jnp.logical_not(finite),
         }
+        if schedule is not None:
+            metrics["learning_rate"] = schedule(state.step)
+        return new_state, metrics
 
     return jax.jit(
         train_step,
@@ -137,7 +146,7 @@ def make_train_step(
 
 
 def sequence_ids(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Numbers the conversations of a batch, below B·T; padding goes to any of its row.
+    """Unique ids, below B·T, of the conversations of a batch; padding shares an id of its row.
 
     Example:
       >>> sequence_ids(jnp.array([[1, 1, 2], [1, 2, 0]]))

@@ -1,4 +1,4 @@
-"""What a step asks of the machine beside what the machine has: arithmetic and memory."""
+"""Utilisation of the hardware by a training step: FLOPs and memory."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["PEAK_FLOPS", "Utilisation", "peak_flops", "step_flops"]
 
-# Dense bfloat16 operations a second of one JAX device, as its maker states them, by the words that
-# `device_kind` begins with; the first that fits counts. TPUs: the page of each version below
+# Dense bfloat16 FLOP/s of one JAX device, as specified by its vendor, by prefix of `device_kind`;
+# the first match counts. TPUs: the page of each version under
 # https://docs.cloud.google.com/tpu/docs. GPUs: NVIDIA's data sheets, without sparsity.
 PEAK_FLOPS = {
     "TPU v4": 275e12,
@@ -41,7 +41,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """The bfloat16 operations a second that a device is built for; None if it is not known.
+    """The peak bfloat16 FLOP/s of a device; None if unknown.
 
     Example:
       >>> peak_flops("NVIDIA H100 80GB HBM3"), peak_flops("cpu")
@@ -59,18 +59,17 @@ def peak_flops(device_kind: str) -> float | None:
 def step_flops(
     config: models.DecoderConfig, tokens: float, supervised: float, seen: float
 ) -> float:
-    """Operations that the matrix products of a step have to do, forward and backward.
+    """Model FLOPs of the matrix products of a step, forward and backward.
 
-    6 for each token and each parameter of the layers, 6 for each supervised token and each entry
-    of the unembedding, 12·heads·head_dim a layer for each pair of tokens of which one sees the
-    other (a window is not taken off). Padding, recomputation and what a mask hides are work that
-    nobody asked for: they count as time, not as operations.
+    6 per token and parameter of the layers, 6 per supervised token and entry of the unembedding,
+    and 12·heads·head_dim per layer and pair of tokens of which one attends to the other (ignoring
+    sliding windows). Padding, recomputation and masked attention are not counted.
 
     Args:
       config: The model.
-      tokens: Tokens that are no padding.
-      supervised: Tokens that have a loss.
-      seen: The sum, over all tokens, of the tokens that each attends to, itself included.
+      tokens: Number of tokens that are not padding.
+      supervised: Number of tokens with a loss.
+      seen: Number of tokens that each token attends to, itself included, summed over all tokens.
 
     Example:
       >>> tiny = models.DecoderConfig(vocab_size=10, hidden_size=2, intermediate_size=3,
@@ -91,7 +90,7 @@ def step_flops(
 
 
 class Utilisation:
-    """Compares a step's arithmetic with what the devices could do, and reads their memory use.
+    """Compares the FLOPs of a step with the peak of the devices, and reads their memory use.
 
     Args:
       config: The model.
@@ -105,24 +104,24 @@ class Utilisation:
     def metrics(
         self, *, tokens: float, supervised: float, seen: float, seconds: float
     ) -> dict[str, float]:
-        """Numbers of one step for a log.
+        """Utilisation metrics of one step.
 
         Returns:
-          `tflops_per_device` (a second), `mfu` where the peak of the devices is known,
-          `memory/host_peak_gb` (of this process, since it began) and, where the backend says so,
+          `tflops_per_device` (per second), `mfu` if the peak of the devices is known,
+          `memory/host_peak_gb` (of this process, since its start) and, if the backend reports it,
           `memory/device_peak_gb` (the fullest device of this process).
         """
         rate = step_flops(self._config, tokens, supervised, seen) / seconds / self._count
-        numbers = {"tflops_per_device": rate / 1e12, "memory/host_peak_gb": _host_peak() / 1e9}
+        values = {"tflops_per_device": rate / 1e12, "memory/host_peak_gb": _host_peak() / 1e9}
         if self._peak is not None:
-            numbers["mfu"] = rate / self._peak
+            values["mfu"] = rate / self._peak
         stats = [device.memory_stats() or {} for device in jax.local_devices()]
         if used := [one["peak_bytes_in_use"] for one in stats if "peak_bytes_in_use" in one]:
-            numbers["memory/device_peak_gb"] = max(used) / 1e9
-        return numbers
+            values["memory/device_peak_gb"] = max(used) / 1e9
+        return values
 
 
 def _host_peak() -> int:
-    """The most bytes that this process has held in memory."""
+    """The peak memory of this process, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,4 +1,4 @@
-"""Two real processes that make a mistake: what both make is said once, what one makes is said."""
+"""Two real processes with errors: one that both have is printed once, others are all printed."""
 
 import pathlib
 import time
@@ -10,7 +10,7 @@ from tests.train import processes
 
 
 def messages(ends: list[tuple[int, str]]) -> list[str]:
-    """What all processes said; each ended with the code of a user's mistake."""
+    """The lines that all processes printed; each exited with the code of a user error."""
     assert [code for code, _ in ends] == [2, 2], ends
     return [line for _, stderr in ends for line in stderr.splitlines()]
 
@@ -18,11 +18,14 @@ def messages(ends: list[tuple[int, str]]) -> list[str]:
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
-        ("--config.train.stps=3", "unknown key --config.train.stps"),  # Before they meet.
-        ("--config.data.source=no.jsonl", "expected a file, got no.jsonl"),  # After that.
+        ("--config.train.stps=3", "unknown key --config.train.stps"),  # Before they connect.
+        (
+            "--config.data.source=no.jsonl",
+            "expected a file, got no.jsonl",
+        ),  # After they have connected.
     ],
 )
-def test_a_mistake_of_both_is_said_once(
+def test_an_error_in_both_processes_is_printed_once(
     mistake: str, message: str, tiny_config_file: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     arguments = [f"--config={tiny_config_file}", f"--workdir={tmp_path}", mistake]
@@ -31,7 +34,7 @@ def test_a_mistake_of_both_is_said_once(
     assert message in line
 
 
-def test_a_process_that_has_a_mistake_of_its_own_says_it(
+def test_different_errors_of_two_processes_are_both_printed(
     tiny_config_file: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     arguments = [f"--config={tiny_config_file}", f"--workdir={tmp_path}"]
@@ -41,7 +44,7 @@ def test_a_process_that_has_a_mistake_of_its_own_says_it(
     assert "unknown key --config.train.stops" in second
 
 
-def test_a_mistake_is_said_before_anybody_waits_for_the_others(
+def test_an_error_is_printed_before_waiting_for_the_other_processes(
     tiny_config_file: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for process in ("0", "1"):

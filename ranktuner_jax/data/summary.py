@@ -1,0 +1,70 @@
+"""Counts of what was read, kept and left out."""
+
+from __future__ import annotations
+
+import collections
+from dataclasses import dataclass, field
+
+import numpy as np
+
+__all__ = ["Summary"]
+
+
+@dataclass
+class Summary:
+    """Counts of a source's conversations, and of the rows they were packed into.
+
+    Attributes:
+      read: Rows of the source.
+      bad: Number of skipped rows by reason; empty unless `on_bad_row=skip`.
+      first_bad: The first skipped row, with the reason.
+      held_out: Conversations that `data.holdout` keeps out of training.
+      dropped: Conversations longer than a row that were left out: all of them with
+        `too_long=drop`, with `truncate` those whose supervised tokens would all be cut off.
+      truncated: Conversations cut to the length of a row.
+      kept: Training samples. A conversation yields several if the chat template renders its
+        earlier turns differently once later turns follow.
+      tokens: Positions of these samples.
+      supervised: Positions whose label is supervised.
+      rows: Rows that hold the samples.
+      unpacked: Whether packing was requested but not done, because packed rows would not fill
+        a batch.
+      row_length: Positions per row.
+      lengths: Positions of each sample.
+    """
+
+    row_length: int
+    read: int = 0
+    bad: collections.Counter[str] = field(default_factory=collections.Counter)
+    first_bad: str = ""
+    held_out: int = 0
+    dropped: int = 0
+    truncated: int = 0
+    kept: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    rows: int = 0
+    unpacked: bool = False
+    lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+
+    @property
+    def fill(self) -> float:
+        """Fraction of all positions that hold a token."""
+        return self.tokens / max(1, self.rows * self.row_length)
+
+    def __str__(self) -> str:
+        parts = [
+            f"{self.read - self.held_out:,} conversations"
+            + f" and {self.held_out:,} held out" * bool(self.held_out),
+            f"{self.rows:,} rows of {self.row_length:,} ({self.fill:.1%} filled)",
+            f"{self.tokens:,} tokens ({self.supervised / max(1, self.tokens):.1%} supervised)",
+        ]
+        if self.unpacked:
+            parts.append("not packed, because packed rows would not fill a batch")
+        if self.truncated:
+            parts.append(f"{self.truncated:,} truncated")
+        if self.dropped:
+            parts.append(f"{self.dropped:,} too long and dropped")
+        if self.bad:
+            parts.append(f"{self.bad.total():,} bad and skipped, the first: {self.first_bad}")
+        return ", ".join(parts)

@@ -1,0 +1,1 @@
+"""The runtime of a run: mesh, processes, signals and the compilation cache."""

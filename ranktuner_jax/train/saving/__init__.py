@@ -1,0 +1,1 @@
+"""Checkpoints and other saved state of a run, and how it is restored."""

@@ -1,0 +1,1 @@
+"""The optimizer step: the train state, the optimizer and the compiled function."""

@@ -1,0 +1,72 @@
+"""The compiled train step: compiled once, for the shape of the first batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ranktuner_jax.data import Batch
+from ranktuner_jax.errors import UserError
+from ranktuner_jax.train.runtime.mesh import check_batch, place_batch, row_share
+from ranktuner_jax.train.step.state import TrainState
+from ranktuner_jax.train.step.train_step import Metrics, make_train_step
+
+__all__ = ["StepProgram"]
+
+
+class StepProgram:
+    """Places batches on the mesh and updates the state; other batch shapes are an error.
+
+    Args:
+      mesh: The mesh.
+      accumulation: Micro-batches per batch.
+      options: Keyword arguments of `make_train_step`.
+
+    Attributes:
+      off: The value False on the mesh, for `hold`.
+    """
+
+    def __init__(self, mesh: Mesh, accumulation: int, options: Mapping[str, Any]) -> None:
+        self._mesh, self._accumulation, self._options = mesh, accumulation, options
+        self._shapes: Batch | None = None
+        self._program: Any = None
+        self.off = jax.device_put(np.asarray(False), NamedSharding(mesh, PartitionSpec()))
+
+    def place(self, batch: Batch | Mapping[str, Any]) -> Batch:
+        """This process's rows as global arrays.
+
+        Raises:
+          UserError: If the rows cannot be divided, or differ in shape from the first batch.
+        """
+        rows = Batch.of(batch)
+        shapes = jax.tree.map(lambda array: array.shape, rows)
+        if self._shapes is None:
+            _, readers = row_share(self._mesh)
+            check_batch(self._mesh, readers * len(rows.tokens), self._accumulation)
+            self._shapes = shapes
+        elif self._shapes != shapes:
+            raise UserError(
+                f"batches: expected the shape of the first one, {self._shapes.tokens}, got "
+                f"{shapes.tokens}; pad the rows, or drop the batch"
+            )
+        return place_batch(self._mesh, rows, self._accumulation)
+
+    def compile(self, state: TrainState, batch: Batch) -> bool:
+        """Compiles the step ahead of time; returns False if it already was."""
+        if self._program is not None:
+            return False
+        step = make_train_step(state, self._mesh, **self._options)
+        self._program = step.lower(state, batch, self.off).compile()
+        return True
+
+    def __call__(
+        self, state: TrainState, batch: Batch, hold: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        """Takes a step; the state is donated."""
+        self.compile(state, batch)
+        stepped: tuple[TrainState, Metrics] = self._program(state, batch, hold)
+        return stepped

@@ -1,0 +1,195 @@
+"""The hooks that ship, from Python and from a config."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+
+from ranktuner_jax import models
+from ranktuner_jax.errors import UserError
+from ranktuner_jax.train import (
+    CheckpointConfig,
+    Hook,
+    KeepBest,
+    Profile,
+    SampleCompletions,
+    StopEarly,
+    Stopped,
+    TrainConfig,
+    Trainer,
+    train_and_evaluate,
+)
+from tests.train.happenings import BeforeStep, sigterm
+from tests.train.test_trainer import make_batches, make_trainer
+
+MakeConfig = Callable[..., TrainConfig]
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
+
+class Log(Hook):
+    """Logs given values of a metric, one a call."""
+
+    every = 1
+
+    def __init__(self, values: Sequence[float]) -> None:
+        super().__init__()
+        self.values = values
+
+    def __call__(self, trainer: Trainer) -> None:
+        trainer.log({"mine": self.values[trainer.steps_done - 1]})
+
+
+def fit(values: Sequence[float], hook: Hook, workdir: pathlib.Path, *more: Hook) -> Trainer:
+    trainer = make_trainer(
+        hooks=[Log(values), hook, *more],
+        workdir=workdir,
+        checkpoint=CheckpointConfig(every_steps=1),
+    )
+    trainer.resume()
+    trainer.fit(make_batches(), steps=6)
+    return trainer
+
+
+def remember(weights: dict[int, np.ndarray]) -> Hook:
+    def look(trainer: Trainer) -> None:
+        weights[trainer.steps_done] = np.asarray(trainer.model.unembed)
+
+    return Hook(look, every=1)
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("mode", "values", "best"),
+    [
+        ("min", [3.0, 1.0, 2.0, NAN, 1.0, 5.0], 2),
+        ("max", [3.0, 1.0, 2.0, NAN, 1.0, 5.0], 6),
+        ("min", [NAN, 4.0, 3.0, 3.0, 9.0, 2.0], 6),
+        ("max", [-3.0, -1.0, -1.0, -2.0, -5.0, -1.0], 2),
+    ],
+)
+def test_the_best_model_is_kept(
+    mode: str, values: list[float], best: int, tmp_path: pathlib.Path
+) -> None:
+    weights: dict[int, np.ndarray] = {}
+    hook = KeepBest("mine", mode=mode, every=1)  # type: ignore[arg-type]
+    fit(values, hook, tmp_path, remember(weights))
+    kept = models.load_pretrained(tmp_path / "best")
+    np.testing.assert_array_equal(np.asarray(kept.unembed), weights[best])
+    found = json.loads((tmp_path / "best.json").read_text())
+    assert found == {"metric": "mine", "value": values[best - 1], "step": best}
+    assert sorted(path.name for path in tmp_path.glob("best*")) == ["best", "best.json"]
+
+
+def test_an_interrupted_run_remembers_its_best(tmp_path: pathlib.Path) -> None:
+    values = [3.0, 1.0, 2.0, 2.0, 2.0, 2.0]
+    with pytest.raises(Stopped):
+        fit(values, KeepBest("mine", mode="min", every=1), tmp_path, BeforeStep(4, sigterm))
+    before = (tmp_path / "best" / "model.safetensors").stat().st_mtime_ns
+    again = KeepBest("mine", mode="min", every=1)
+    fit(values, again, tmp_path)
+    assert (again.best, again.best_step) == (1.0, 2)
+    assert (tmp_path / "best" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_model_that_cannot_be_saved_leaves_the_best_one_before(tmp_path: pathlib.Path) -> None:
+    def save(model: models.Decoder, folder: object) -> None:
+        if (tmp_path / "best").exists():
+            raise OSError("no space left")
+        models.save_pretrained(model, folder)  # type: ignore[arg-type]
+
+    hook = KeepBest("mine", mode="min", every=1, save=save)
+    with pytest.raises(OSError, match="no space left"):
+        fit([3.0, 1.0], hook, tmp_path)
+    models.load_pretrained(tmp_path / "best")
+    assert json.loads((tmp_path / "best.json").read_text())["step"] == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "last"),
+    [
+        ([3.0, 2.0, 2.0, 2.5, 1.0, 1.0], 4),  # Steps 3 and 4 are no better than 2.
+        ([3.0, 2.0, 2.5, 1.0, 1.5, 0.5], 6),
+        ([NAN, NAN, 1.0, 1.0, 1.0, 1.0], 2),
+    ],
+)
+def test_training_ends_without_improvement(
+    values: list[float], last: int, tmp_path: pathlib.Path
+) -> None:
+    trainer = fit(values, StopEarly("mine", mode="min", patience=2), tmp_path)
+    assert trainer.steps_done == last
+    if last < 6:
+        # It was the last step: it is saved, and a run that resumes does not go beyond it.
+        assert (tmp_path / "checkpoints" / str(last)).exists()
+        again = make_trainer(
+            hooks=[Log(values), StopEarly("mine", mode="min", patience=2)], workdir=tmp_path
+        )
+        assert again.resume() == last
+        result = again.fit(make_batches(), steps=6)
+        assert result.steps == last
+        assert "mine" in result.stopped
+
+
+def test_a_metric_that_nobody_logs_is_named() -> None:
+    trainer = make_trainer(hooks=[StopEarly("eval/nll", mode="min")])
+    with pytest.raises(
+        ValueError, match=r"StopEarly: no metric 'eval/nll'; available are .*train/loss"
+    ):
+        trainer.fit(make_batches(), steps=3)
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(ValueError, match="mode must be 'min' or 'max'"):
+        KeepBest("mine", mode="less")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="patience must be at least 1"):
+        StopEarly("mine", mode="min", patience=0)
+    with pytest.raises(ValueError, match="every must be 0 or more"):
+        Hook(every=-1)
+    with pytest.raises(ValueError, match="first and last must be steps, in order"):
+        Profile(3, 2)
+    for hook in (KeepBest("mine", mode="min"), Profile(1, 2), SampleCompletions(None, [])):  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="workdir"):
+            make_trainer(hooks=[hook]).fit(make_batches(), steps=1)
+
+
+def test_a_config_names_hooks(tiny_config: MakeConfig, tmp_path: pathlib.Path) -> None:
+    config = tiny_config(
+        eval__every_steps=2,
+        hooks__keep_best="eval/nll",
+        hooks__stop_early="eval/accuracy",
+        hooks__patience=1,
+        hooks__samples=2,
+    )
+    result = train_and_evaluate(config, tmp_path)
+    # Nothing is answered rightly so early: the first evaluation is the best there is.
+    assert result.steps == 4
+    assert result.stopped == "eval/accuracy has not improved since step 2 (0.0000)"
+    samples = [json.loads(line) for line in (tmp_path / "samples/step_000004.jsonl").open()]
+    assert len(samples) == 2
+    assert samples[0].keys() == {"step", "prompt", "reference", "completion"}
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
+        "step_000002.jsonl",
+        "step_000004.jsonl",
+    ]
+    best = json.loads((tmp_path / "best.json").read_text())
+    assert best["step"] == 4
+    assert best["value"] == result.after.nll
+    # With its tokenizer, as the model at the end has.
+    names = {path.name for path in (tmp_path / "model").iterdir()}
+    assert {path.name for path in (tmp_path / "best").iterdir()} == names
+    assert train_and_evaluate(config, tmp_path) == result
+
+
+def test_hooks_of_a_config_are_checked(tiny_config: MakeConfig) -> None:
+    with pytest.raises(
+        UserError, match=r"hooks.keep_best: expected one of eval/nll.*mean eval/nll"
+    ):
+        tiny_config(hooks__keep_best="eval/nl")
+    with pytest.raises(UserError, match=r"hooks.patience: expected at least 1"):
+        tiny_config(hooks__patience=0)

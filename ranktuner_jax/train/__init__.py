@@ -27,6 +27,7 @@ from ranktuner_jax.train.hooks import (
 )
 from ranktuner_jax.train.recipe import RunResult, train_and_evaluate
 from ranktuner_jax.train.run import Run, replay
+from ranktuner_jax.train.runtime.distributed import exit_without_waiting
 from ranktuner_jax.train.runtime.mesh import check_batch, make_mesh, place_batch, row_share
 from ranktuner_jax.train.runtime.preemption import Stopped
 from ranktuner_jax.train.saving.checkpoint import Checkpoints
@@ -65,6 +66,7 @@ __all__ = [
     "config_names",
     "describe",
     "differences",
+    "exit_without_waiting",
     "export",
     "init_state",
     "load_config",

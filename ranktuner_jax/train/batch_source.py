@@ -30,6 +30,8 @@ class BatchSource:
     """
 
     def __init__(self, batches: Batches, mesh: Mesh, batch_size: int | None, seed: int) -> None:
+        if isinstance(batches, Mapping | data.Batch):
+            raise ValueError("batches must be an iterator of batches: got a single batch.")
         if isinstance(batches, data.Rows) != (batch_size is not None):
             raise ValueError(
                 "batch_size is required for rows and not allowed for batches: got "

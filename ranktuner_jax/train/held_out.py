@@ -26,6 +26,7 @@ class HeldOut:
       UserError: If the split does not exist, a row is invalid, or the task cannot score the rows.
 
     Attributes:
+      questions: The number of questions.
       size: The number of rows and questions, as text.
       note: A remark on the questions, such as why there are none; "" for none.
     """
@@ -42,10 +43,9 @@ class HeldOut:
                 config.eval.task,
                 data.load_examples(config.data, tokenizer, split=split, limit=config.eval.examples),
             )
-        self.size = (
-            f"{min(len(self._rows), config.eval.rows):,} held-out rows, "
-            f"{len(self._examples):,} questions"
-        )
+        self.questions = len(self._examples)
+        rows = min(len(self._rows), config.eval.rows)
+        self.size = f"{rows:,} held-out rows, {self.questions:,} questions"
 
     def evaluate(self, model: models.Decoder, progress: Progress | None = None) -> evals.EvalResult:
         """Scores the rows and answers the questions."""

@@ -66,7 +66,7 @@ def train_and_evaluate(
       config: The config of the run.
       workdir: The output folder: config.json, checkpoints/, metrics.jsonl, tensorboard/, model/
         and, at the end, result.json.
-      hooks: Called between steps, before the hooks of the config.
+      hooks: Called between steps, after the evaluation and before the config's other hooks.
 
     Raises:
       UserError: If the config, the model, the data or the workdir is invalid.
@@ -89,17 +89,15 @@ def _train_and_evaluate(run: Run, hooks: Sequence[Hook]) -> RunResult:
     config, workdir = run.config, run.workdir
     assert workdir is not None
     check_telemetry(config.telemetry)
-    claim = claim_workdir(workdir, config)
+    claim_workdir(workdir, config)
     if (workdir / "result.json").exists():
         return RunResult.from_json(json.loads((workdir / "result.json").read_text()))
     # Opened first, so that an invalid config does not claim the folder.
     _ = run.mesh, run.stop_ids, run.rows, run.held_out, run.steps, run.model
-    claim()
-
     own = run.make_hooks()
     evaluate = own[0]
     assert isinstance(evaluate, Evaluate)
-    with run.trainer([*hooks, *own]) as trainer:
+    with run.trainer([evaluate, *hooks, *own[1:]]) as trainer:
         trainer.open_telemetry(run.steps)
         size = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(run.model, nnx.Param)))
         trainer.say(f"model: {config.model}, {size:,} parameters, {describe_devices(run.mesh)}")

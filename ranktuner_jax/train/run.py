@@ -178,11 +178,13 @@ class Run:
         }
 
     def trainer(self, hooks: Sequence[Hook] = ()) -> Trainer:
-        """A trainer of the run's model, with its optimizer and its workdir.
+        """A trainer of the run's model, with its optimizer and its workdir, which it claims.
 
         Args:
           hooks: Called between steps; `make_hooks` creates those of the config.
         """
+        if self.workdir is not None:
+            self.claim()
         train = self.config.train
         return Trainer(
             self.model,
@@ -200,8 +202,18 @@ class Run:
         )
 
     def make_hooks(self) -> list[Hook]:
-        """The hooks of the config; the evaluation comes first."""
+        """The hooks of the config; the evaluation comes first.
+
+        Raises:
+          UserError: If a hook needs answers to questions and there are none.
+        """
         config, every = self.config.hooks, self.config.eval.every_steps
+        for name in ("keep_best", "stop_early"):
+            if getattr(config, name) == "eval/accuracy" and not self.held_out.questions:
+                raise UserError(
+                    f"hooks.{name}=eval/accuracy: expected questions to answer, found none in the "
+                    "held-out rows; set eval.task, or use eval/nll"
+                )
         hooks: list[Hook] = [Evaluate(self.held_out.evaluate, size=self.held_out.size, every=every)]
         if config.samples:
             chosen = self.held_out.examples(config.samples)

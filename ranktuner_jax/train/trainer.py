@@ -117,6 +117,16 @@ class Trainer:
         telemetry: TelemetryConfig = TelemetryConfig(),  # noqa: B008 (frozen)
         run: Mapping[str, Any] | None = None,
     ) -> None:
+        _check(weighting, tx, hooks)
+        for name, value, least in (
+            ("ramp_steps", ramp_steps, 0),
+            ("clip_norm", clip_norm, 0),
+            ("accumulation", accumulation, 1),
+            ("log_every", log_every, 1),
+            ("nonfinite_limit", nonfinite_limit, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}: got {value}.")
         self.mesh = model.mesh = _mesh_of(model, mesh)
         self.tx, self.weighting, self.hooks = tx, weighting, list(hooks)
         self.workdir = None if workdir is None else epath.Path(workdir)
@@ -141,6 +151,7 @@ class Trainer:
         self._source: BatchSource | None = None
         self._position: Any = None  # Of the batches, from a checkpoint.
         self._resumed = False
+        self._pending: list[Hook] = []  # Due after the last step, which a signal prevented.
         self._log: StepLog | None = None
         self._notice: StopNotice | None = None
         self._stop_reason = ""
@@ -166,6 +177,11 @@ class Trainer:
     def metrics(self) -> dict[str, float]:
         """The latest value of each metric by name, such as "train/loss"."""
         return self._telemetry.metrics
+
+    @property
+    def metric_steps(self) -> dict[str, int]:
+        """The step of each of these values."""
+        return self._telemetry.metric_steps
 
     @property
     def profile_path(self) -> os.PathLike[str] | None:
@@ -223,6 +239,8 @@ class Trainer:
           UserError: If the workdir has checkpoints and `resume` was not called, or batches run out
             or have the wrong shape.
         """
+        if not isinstance(steps, int) or steps < 0:
+            raise ValueError(f"steps must be a whole number of steps: got {steps!r}.")
         self._stop_reason = ""
         with StopNotice() as notice, self._training(steps, notice):
             self._open_source(batches, batch_size, seed)
@@ -291,8 +309,12 @@ class Trainer:
             self._state, self.steps_done = restored.state, restored.step
             self._telemetry.rewind(restored.step)
             self._source, self._position = None, restored.data["batches"]
+            for name, (step, value) in restored.data["metrics"].items():
+                self._telemetry.record(step, {name: value}, write=False)
             nnx.update(self._model, self._state.params)
-            for name, hook in self._hooks_by_name().items():
+            named = self._hooks_by_name()
+            self._pending = [h for name, h in named.items() if name in restored.data["pending"]]
+            for name, hook in named.items():
                 if name in restored.data["hooks"]:
                     hook.set_state(restored.data["hooks"][name])
         return self.steps_done
@@ -365,7 +387,7 @@ class Trainer:
         checkpoints, self._checkpoints = self._checkpoints, None
         with contextlib.ExitStack() as stack:
             # Closing waits for all processes, and one may be dead.
-            failed = isinstance(error, jax.errors.JaxRuntimeError | RunError)
+            failed = isinstance(error, Exception) and not isinstance(error, UserError)
             if checkpoints is not None and not (failed and jax.process_count() > 1):
                 stack.callback(checkpoints.close)
             stack.callback(self._telemetry.close)
@@ -407,7 +429,7 @@ class Trainer:
         """
         saved = self._checkpoints.steps if self._checkpoints else []
         # Before `resume`, keep the metrics up to the newest checkpoint.
-        start = self.steps_done if self._resumed else max(saved, default=0)
+        start = self.steps_done or max(saved, default=-1)
         self._telemetry.open(steps, start)
 
     # --- The steps.
@@ -418,7 +440,7 @@ class Trainer:
         assert log is not None
         assert source is not None
         hold = self._program.off
-        called: list[Hook] = []
+        called = self._call_pending() if self.steps_done < steps else []
         while self.steps_done < steps and not self._stop_reason:
             number = self.steps_done + 1
             for hook in self.hooks:
@@ -433,18 +455,15 @@ class Trainer:
             at_limit = log.skipped >= self._nonfinite_limit
             hold = metrics["nonfinite"] if at_limit else self._program.off
 
-            called = []
             stopping = notice.reached()
-            due = [hook for hook in self.hooks if hook.is_due(number)]
-            if due and number < steps and not stopping:
+            due = [hook for hook in self.hooks if hook.is_due(number) and number < steps]
+            called = []
+            if due and not stopping:
                 log.read()
-                try:
-                    for hook in due:
-                        hook(self)
-                        called.append(hook)
-                except Stopped:
-                    stopping = True
+                called = self._call(due)
                 log.restart_clock()
+            stopping = stopping or len(called) < len(due)
+            self._pending = due[len(called) :]
             last = number == steps or bool(self._stop_reason)
             every = self._checkpoint.every_steps
             if last or stopping or (every and number % every == 0):
@@ -460,6 +479,7 @@ class Trainer:
         return called
 
     def _take_step(self, batch: data.Batch, hold: jax.Array) -> Metrics:
+        self._program.compile(self.state, batch)
         state, self._state = self.state, None  # It is donated.
         self._state, metrics = self._program(state, batch, hold)
         self.steps_done += 1
@@ -468,9 +488,34 @@ class Trainer:
     def _save(self) -> None:
         if self._checkpoints is None:
             return
-        hooks = {name: hook.get_state() for name, hook in self._hooks_by_name().items()}
-        position = self._source.position() if self._source else self._position
-        self._checkpoints.save(self.steps_done, self.state, {"batches": position, "hooks": hooks})
+        named = self._hooks_by_name().items()
+        metrics = self._telemetry.metric_steps
+        saved = {
+            "batches": self._source.position() if self._source else self._position,
+            "hooks": {name: hook.get_state() for name, hook in named},
+            "pending": [name for name, hook in named if hook in self._pending],
+            "metrics": {name: [metrics[name], value] for name, value in self.metrics.items()},
+        }
+        self._checkpoints.save(self.steps_done, self.state, saved)
+
+    def _call(self, hooks: Sequence[Hook]) -> list[Hook]:
+        """Calls hooks in order until a signal arrives; returns those that were called."""
+        called: list[Hook] = []
+        try:
+            for hook in hooks:
+                hook(self)
+                called.append(hook)
+        except Stopped:
+            pass
+        return called
+
+    def _call_pending(self) -> list[Hook]:
+        """Calls the hooks that were due when a resumed run was stopped."""
+        called = self._call(self._pending)
+        if len(called) < len(self._pending):
+            raise Stopped(f"stopped and saved after step {self.steps_done}")
+        self._pending = []
+        return called
 
     def _hooks_by_name(self) -> dict[str, Hook]:
         """Hooks by class name; further hooks of a class are numbered."""
@@ -485,19 +530,20 @@ class Trainer:
         """Saves a non-finite step; returns the error to raise."""
         batch = gather(found.batch)
         kept = "without a workdir it was not saved"
+        replay, skip = f"trainer.replay({found.step})", "a nonfinite_limit above 0"
+        if self.workdir is not None and (self.workdir / "config.json").exists():
+            replay = f"ranktuner_jax.train.replay({os.fspath(self.workdir)!r}, {found.step})"
+            skip = "--config.train.on_nonfinite=skip"
         if self.workdir is not None:
             try:
                 keep_step(self.workdir, found.step, self.state, batch, self._run)
-                kept = (
-                    f"`ranktuner_jax.train.replay({os.fspath(self.workdir)!r}, {found.step})` "
-                    "repeats it"
-                )
+                kept = f"`{replay}` repeats it"
             except (OSError, RunError) as error:
                 kept = f"it could not be saved in {self.workdir}: {error}"
         return RunError(
             f"step {found.step}: the loss is {found.loss} and the gradient norm {found.grad_norm}, "
             f"on rows {batch.row_index.ravel().tolist()} of the data set; {kept}; "
-            "--config.train.on_nonfinite=skip skips such steps"
+            f"{skip} skips such steps"
         )
 
     def _open_source(self, batches: Batches, batch_size: int | None, seed: int) -> None:
@@ -507,6 +553,22 @@ class Trainer:
         position = self._source.position() if self._source else self._position
         self._source = BatchSource(batches, self.mesh, batch_size, seed)
         self._source.set_position(position, self.steps_done, self.say)
+
+
+def _check(weighting: object, tx: object, hooks: object) -> None:
+    """Raises TypeError if an argument is not an object of its kind."""
+    if not isinstance(weighting, losses.Weighting):
+        raise TypeError(f"weighting must be such as losses.RankTuner('one'): got {weighting!r}.")
+    if not isinstance(tx, optax.GradientTransformation):
+        raise TypeError(f"tx must be such as optax.adamw(1e-5): got {tx!r}.")
+    for hook in hooks if isinstance(hooks, Sequence) else [hooks]:
+        if not isinstance(hook, Hook):
+            raise TypeError(
+                "hooks must be a list of hooks; wrap a function as Hook(function, every=10): got "
+                f"{hook!r}."
+            )
+    if not isinstance(hooks, Sequence):
+        raise TypeError(f"hooks must be a list of hooks: got {hooks!r}.")
 
 
 def _mesh_of(model: models.Decoder, mesh: Mesh | None) -> Mesh:

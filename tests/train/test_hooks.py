@@ -82,9 +82,9 @@ def test_the_best_model_is_kept(
     fit(values, hook, tmp_path, remember(weights))
     kept = models.load_pretrained(tmp_path / "best")
     np.testing.assert_array_equal(np.asarray(kept.unembed), weights[best])
-    found = json.loads((tmp_path / "best.json").read_text())
+    found = json.loads((tmp_path / "best" / "best.json").read_text())
     assert found == {"metric": "mine", "value": values[best - 1], "step": best}
-    assert sorted(path.name for path in tmp_path.glob("best*")) == ["best", "best.json"]
+    assert [path.name for path in tmp_path.glob("best*")] == ["best"]
 
 
 def test_an_interrupted_run_remembers_its_best(tmp_path: pathlib.Path) -> None:
@@ -108,7 +108,7 @@ def test_a_model_that_cannot_be_saved_leaves_the_best_one_before(tmp_path: pathl
     with pytest.raises(OSError, match="no space left"):
         fit([3.0, 1.0], hook, tmp_path)
     models.load_pretrained(tmp_path / "best")
-    assert json.loads((tmp_path / "best.json").read_text())["step"] == 1
+    assert json.loads((tmp_path / "best" / "best.json").read_text())["step"] == 1
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_training_ends_without_improvement(
 def test_a_metric_that_nobody_logs_is_named() -> None:
     trainer = make_trainer(hooks=[StopEarly("eval/nll", mode="min")])
     with pytest.raises(
-        ValueError, match=r"StopEarly: no metric 'eval/nll'; available are .*train/loss"
+        ValueError, match=r"StopEarly: no value of 'eval/nll' at step 1; available are .*train/loss"
     ):
         trainer.fit(make_batches(), steps=3)
 
@@ -156,6 +156,62 @@ def test_what_cannot_be_is_refused() -> None:
     for hook in (KeepBest("mine", mode="min"), Profile(1, 2), SampleCompletions(None, [])):  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="workdir"):
             make_trainer(hooks=[hook]).fit(make_batches(), steps=1)
+
+
+def test_a_value_of_an_earlier_step_is_not_compared() -> None:
+    late = Hook(lambda trainer: trainer.log({"mine": 1.0}), every=3)
+    trainer = make_trainer(hooks=[late, StopEarly("mine", mode="min", every=2)])
+    with pytest.raises(ValueError, match=r"StopEarly: no value of 'mine' at step 2"):
+        trainer.fit(make_batches(), steps=6)
+
+
+def test_hooks_see_every_step_however_seldom_metrics_are_written() -> None:
+    losses: dict[int, float] = {}
+
+    def look(trainer: Trainer) -> None:
+        losses[trainer.steps_done] = trainer.metrics["train/loss"]
+        assert trainer.metric_steps["train/loss"] == trainer.steps_done
+
+    make_trainer(hooks=[Hook(look, every=2)], log_every=100).fit(make_batches(), steps=5)
+    assert list(losses) == [2, 4, 5]
+    assert len(set(losses.values())) == 3
+
+
+def test_hooks_that_a_signal_prevented_are_called_by_the_resumed_run(
+    tmp_path: pathlib.Path,
+) -> None:
+    values = [3.0, 2.0, 2.0, 2.5, 1.0, 1.0]
+    early = StopEarly("mine", mode="min", patience=2)
+    with pytest.raises(Stopped):
+        fit(values, early, tmp_path, BeforeStep(4, sigterm))
+    trainer = fit(values, StopEarly("mine", mode="min", patience=2), tmp_path)
+    assert trainer.steps_done == 4  # As without the signal.
+
+
+def test_a_longer_run_keeps_the_best_of_the_last_step(tmp_path: pathlib.Path) -> None:
+    values = [3.0, 2.5, 1.0, 2.0, 2.0, 2.0]
+    for steps in (3, 6):  # The third one is saved at the end, after the checkpoint.
+        trainer = make_trainer(
+            hooks=[Log(values), KeepBest("mine", mode="min", every=2)], workdir=tmp_path
+        )
+        trainer.resume()
+        trainer.fit(make_batches(), steps=steps)
+    assert json.loads((tmp_path / "best" / "best.json").read_text())["step"] == 3
+
+
+def test_a_folder_that_holds_something_else_is_not_replaced(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "mine").mkdir()
+    hook = KeepBest("mine", mode="min", folder=tmp_path / "mine")
+    with pytest.raises(ValueError, match=r"mine exists, and has no best\.json"):
+        make_trainer(hooks=[hook]).fit(make_batches(), steps=1)
+
+
+def test_a_hook_of_ones_own_compares_the_evaluation_of_its_step(
+    tiny_config: MakeConfig, tmp_path: pathlib.Path
+) -> None:
+    best = KeepBest("eval/nll", mode="min", every=2)
+    result = train_and_evaluate(tiny_config(eval__every_steps=2), tmp_path, hooks=[best])
+    assert (best.best, best.best_step) == (result.after.nll, 6)
 
 
 def test_a_config_names_hooks(tiny_config: MakeConfig, tmp_path: pathlib.Path) -> None:
@@ -177,16 +233,22 @@ def test_a_config_names_hooks(tiny_config: MakeConfig, tmp_path: pathlib.Path) -
         "step_000002.jsonl",
         "step_000004.jsonl",
     ]
-    best = json.loads((tmp_path / "best.json").read_text())
+    best = json.loads((tmp_path / "best" / "best.json").read_text())
     assert best["step"] == 4
     assert best["value"] == result.after.nll
     # With its tokenizer, as the model at the end has.
     names = {path.name for path in (tmp_path / "model").iterdir()}
-    assert {path.name for path in (tmp_path / "best").iterdir()} == names
+    assert {path.name for path in (tmp_path / "best").iterdir()} == names | {"best.json"}
     assert train_and_evaluate(config, tmp_path) == result
 
 
-def test_hooks_of_a_config_are_checked(tiny_config: MakeConfig) -> None:
+def test_hooks_of_a_config_are_checked(tiny_config: MakeConfig, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError, match=r"hooks\.stop_early: expected evaluations during training"):
+        tiny_config(hooks__stop_early="eval/nll")
+    config = tiny_config(hooks__keep_best="eval/accuracy", eval__every_steps=2, eval__task="")
+    with pytest.raises(UserError, match=r"hooks\.keep_best=eval/accuracy: expected questions"):
+        train_and_evaluate(config, tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []
     with pytest.raises(
         UserError, match=r"hooks.keep_best: expected one of eval/nll.*mean eval/nll"
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import pathlib
@@ -337,6 +338,76 @@ def test_a_run_from_its_folder_is_the_run(tiny_config: MakeConfig, tmp_path: pat
         Run.open(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="claim needs a run with a workdir"):
         Run.open(config).claim()
+
+
+def test_a_resume_that_is_refused_leaves_the_model_as_it_was(tmp_path: pathlib.Path) -> None:
+    make_trainer(workdir=tmp_path).fit(make_batches(), steps=2)
+    for options, said in (
+        ({"weighting": losses.SFT()}, "another config"),
+        ({"tx": optax.sgd(0.1)}, r"another model or optimizer \(opt_state\.0"),
+    ):
+        trainer = make_trainer(workdir=tmp_path, **options)
+        with pytest.raises(UserError, match=said):
+            trainer.resume()
+        assert np.isfinite(np.asarray(trainer.model.unembed)).all()
+    larger = models.Decoder(dataclasses.replace(MODEL, vocab_size=37), rngs=nnx.Rngs(0))
+    trainer = Trainer(
+        larger, tx=optax.adam(1e-2), weighting=losses.RankTuner("one"), workdir=tmp_path
+    )
+    with pytest.raises(
+        UserError, match=r"params\.embed\.value: 'float32\(31, 16\)', now 'float32\(37"
+    ):
+        trainer.resume()
+
+
+@dataclasses.dataclass(frozen=True)
+class Failing(losses.Weighting):
+    """Fails the first time that a step is traced."""
+
+    def weights(self, stats: losses.TokenStats, batch_stat: jax.Array | None) -> jax.Array:
+        if not FAILED:
+            FAILED.append(True)
+            raise RuntimeError("traced")
+        return jnp.ones_like(stats.nll)
+
+
+FAILED: list[bool] = []
+
+
+def test_a_step_that_cannot_be_compiled_leaves_the_state_as_it_was(tmp_path: pathlib.Path) -> None:
+    make_trainer(workdir=tmp_path, run={}).fit(make_batches(), steps=2)
+    trainer = make_trainer(workdir=tmp_path, run={}, weighting=Failing())
+    trainer.resume()
+    FAILED.clear()
+    with pytest.raises(RuntimeError, match="traced"):
+        trainer.step(make_batches()[2])
+    assert (trainer.steps_done, int(trainer.state.step)) == (2, 2)
+    trainer.step(make_batches()[2])
+    assert int(trainer.state.step) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"weighting": losses.RankTuner}, "weighting must be such as"),
+        ({"tx": optax.adam}, "tx must be such as"),
+        ({"hooks": [print]}, r"wrap a function as Hook\(function, every=10\)"),
+        ({"hooks": Hook(print)}, "hooks must be a list"),
+        ({"accumulation": 0}, "accumulation must be at least 1: got 0"),
+        ({"clip_norm": -1.0}, r"clip_norm must be at least 0: got -1\.0"),
+    ],
+    ids=["weighting", "tx", "function", "hook", "accumulation", "clip_norm"],
+)
+def test_arguments_of_another_kind_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=said):
+        make_trainer(**options)
+
+
+def test_steps_and_batches_of_another_kind_are_refused() -> None:
+    with pytest.raises(ValueError, match="steps must be a whole number"):
+        make_trainer().fit(make_batches(), steps=2.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="got a single batch"):
+        make_trainer().fit(make_batches()[0], steps=2)  # type: ignore[arg-type]
 
 
 def test_a_batch_is_made_of_arrays_by_name() -> None:

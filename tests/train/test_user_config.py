@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ranktuner_jax import cli, evals, losses, train
-from ranktuner_jax.errors import RunError
+from ranktuner_jax.errors import RunError, UserError
 from ranktuner_jax.train import Run, replay, train_and_evaluate
 from ranktuner_jax.train.config import load_config
 
@@ -149,6 +149,18 @@ def test_the_first_copy_stays(config_file: pathlib.Path, tmp_path: pathlib.Path)
     config_file.write_text(first + "\n# Another comment.\n")
     Run.open(load_config(str(config_file)), workdir=workdir).claim()
     assert (workdir / "config.py").read_text() == first
+
+
+def test_other_code_is_refused_and_other_values_are_compared_as_values(
+    config_file: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    workdir, first = tmp_path / "run", config_file.read_text()
+    Run.open(load_config(str(config_file)), workdir=workdir).claim()
+    config_file.write_text(first.replace("'steps': 3", "'log_every': 2, 'steps': 3"))
+    Run.open(load_config(str(config_file)), workdir=workdir).claim()
+    config_file.write_text(first.replace("1.0 - stats.prob", "1.5 - stats.prob"))
+    with pytest.raises(UserError, match="whose config file has other code"):
+        Run.open(load_config(str(config_file)), workdir=workdir).claim()
 
 
 def test_a_shipped_config_leaves_no_copy(tmp_path: pathlib.Path) -> None:

@@ -319,6 +319,12 @@ class TrainConfig:
                 f"eval.split={self.eval.split!r} and data.holdout={self.data.holdout}; set "
                 "both, or data.holdout=0 and a split of the source"
             )
+        for name in ("keep_best", "stop_early"):
+            if getattr(self.hooks, name) and not self.eval.every_steps:
+                raise UserError(
+                    f"hooks.{name}: expected evaluations during training, got "
+                    "eval.every_steps=0; set it to the steps between them"
+                )
 
 
 def keys(cls: Any) -> list[dataclasses.Field[Any]]:

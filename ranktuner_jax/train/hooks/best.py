@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["KeepBest", "StopEarly"]
 
+_RECORD = "best.json"
+
 SaveModel = Callable[[models.Decoder, os.PathLike[str]], None]
 
 
@@ -35,11 +37,11 @@ class _Best(Hook):
 
     def improved(self, trainer: Trainer) -> bool:
         """Whether the metric is better than its best value so far; NaN never is."""
-        if self.metric not in trainer.metrics:
+        if trainer.metric_steps.get(self.metric) != trainer.steps_done:
             raise ValueError(
-                f"{type(self).__name__}: no metric {self.metric!r}; available are "
-                f"{', '.join(sorted(trainer.metrics))}. Put the hook that logs it before this one, "
-                "due at the same steps."
+                f"{type(self).__name__}: no value of {self.metric!r} at step {trainer.steps_done}; "
+                f"available are {', '.join(sorted(trainer.metrics))}. Put the hook that logs it "
+                "before this one, due at the same steps."
             )
         value = trainer.metrics[self.metric]
         if not self._sign * value < (float("inf") if self.best is None else self._sign * self.best):
@@ -47,20 +49,12 @@ class _Best(Hook):
         self.best, self.best_step = value, trainer.steps_done
         return True
 
-    def get_state(self) -> dict[str, Any]:
-        """The best value and its step."""
-        return {"best": self.best, "best_step": self.best_step}
-
-    def set_state(self, state: Mapping[str, Any]) -> None:
-        """Restores them."""
-        self.best, self.best_step = state["best"], state["best_step"]
-
 
 class KeepBest(_Best):
     """Keeps the best model by a metric as a Hugging Face folder.
 
-    `best.json` beside it holds the metric, its value and its step. The folder is replaced only once
-    a better model is completely written.
+    `best.json` in it holds the metric, its value and its step. The folder is replaced only once a
+    better model is completely written.
 
     Args:
       metric: Name of the metric, such as "eval/nll"; a hook before this one must log it.
@@ -88,27 +82,39 @@ class KeepBest(_Best):
         self._folder, self._save = folder, save
 
     def start(self, trainer: Trainer) -> None:
-        """Checks that there is an output folder."""
+        """Reads what the folder holds of an earlier part of the run.
+
+        Raises:
+          ValueError: If there is no folder, or one that holds something else.
+        """
         if self._folder is None and trainer.workdir is None:
             raise ValueError("KeepBest needs a folder, since the trainer has no workdir.")
+        self._path = epath.Path(self._folder or trainer.workdir / "best")  # type: ignore[operator]
+        record = self._path / _RECORD
+        if record.exists():
+            found = json.loads(record.read_text())
+            if found["metric"] == self.metric:
+                self.best, self.best_step = found["value"], found["step"]
+        elif self._path.exists():
+            raise ValueError(f"KeepBest: {self._path} exists, and has no {_RECORD}.")
 
     def __call__(self, trainer: Trainer) -> None:
         """Saves the model if it is the best so far."""
         if not self.improved(trainer):
             return
-        folder = epath.Path(self._folder or trainer.workdir / "best")  # type: ignore[operator]
+        folder = self._path
         new, old = (folder.with_name(f"{folder.name}.{part}") for part in ("new", "old"))
         _remove(new)  # Left by a process that was killed.
         self._save(trainer.model, new)
+        found = {"metric": self.metric, "value": self.best, "step": self.best_step}
         # At any moment a complete model exists under one of the three names.
         if jax.process_index() == 0:
+            files.write_whole(new / _RECORD, json.dumps(found) + "\n")
             if folder.exists():
                 if old.exists():
                     old.rmtree()
                 folder.rename(old)
             new.rename(folder)
-            found = {"metric": self.metric, "value": self.best, "step": self.best_step}
-            files.write_whole(folder.with_name(f"{folder.name}.json"), json.dumps(found) + "\n")
         _remove(old)
         trainer.say(f"best {self.metric} so far, {self.best:.4f}: saved to {folder}")
 
@@ -163,9 +169,9 @@ class StopEarly(_Best):
 
     def get_state(self) -> dict[str, Any]:
         """The best value, its step, and the number of comparisons without improvement."""
-        return {**super().get_state(), "without": self._stale}
+        return {"best": self.best, "best_step": self.best_step, "stale": self._stale}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Restores them."""
-        super().set_state(state)
-        self._stale = state["without"]
+        self.best, self.best_step = state["best"], state["best_step"]
+        self._stale = state["stale"]

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 
 import jax
@@ -75,17 +76,22 @@ def initialize(args: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def exit_without_waiting() -> Iterator[None]:
-    """Makes a process that cannot continue exit immediately, with one line and exit code 1.
+    """Makes a process that cannot continue exit immediately, with exit code 1.
+
+    A failed process, device or disk is one line; an error in the code keeps its traceback.
 
     A normal exit would wait for all processes (saves, JAX's shutdown), and one may be dead. A run
     of one process raises the error instead.
     """
     try:
         yield
-    except (jax.errors.JaxRuntimeError, RunError) as error:
-        if jax.process_count() == 1:
+    except Exception as error:
+        if jax.process_count() == 1 or isinstance(error, UserError):
             raise
-        line = str(error).splitlines()[0]
+        line = (str(error).splitlines() or [""])[0]
+        if not isinstance(error, RunError | jax.errors.JaxRuntimeError):
+            traceback.print_exc()
+            os._exit(1)
         if not isinstance(error, RunError):
             line = (
                 f"a device or another process of the run failed ({line[:200]}); run the same "

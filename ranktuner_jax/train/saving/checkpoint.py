@@ -17,7 +17,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from ranktuner_jax.errors import RunError, UserError
-from ranktuner_jax.train.config import CheckpointConfig
+from ranktuner_jax.train.config import CheckpointConfig, differences
 from ranktuner_jax.train.saving.checksums import by_name, checksums, json_checksum, nest
 from ranktuner_jax.train.saving.orbax_log import clear_frames, one_line, quiet_orbax, root_cause
 from ranktuner_jax.train.saving.workdir import config_differences
@@ -115,7 +115,7 @@ class Checkpoints:
         self.wait()  # So that errors name the right checkpoint.
         self._saving = step
         arrays = _arrays(state)
-        run = {**self._run, "arrays": checksums(arrays)}
+        run = {**self._run, "arrays": checksums(arrays), "shapes": _shapes(arrays)}
         with self._errors_in_one_line():
             self._manager.save(
                 step,
@@ -140,15 +140,18 @@ class Checkpoints:
 
         Args:
           state: A state with the structure and the shardings to restore into. Its arrays are
-            deleted first, since two states may not fit into memory.
+            deleted before others are read, since two states may not fit into memory.
           step: One of `steps`; by default the newest intact one.
 
         Raises:
-          UserError: If no checkpoint is intact, or it belongs to a run with another config.
+          UserError: If no checkpoint is intact, or it belongs to a run with another config,
+            another model or another optimizer.
         """
-        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, _arrays(state))
-        jax.tree.map(lambda array: array.delete(), _arrays(state))
-        found = self._newest([shapes], step)
+        arrays = _arrays(state)
+        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, arrays)
+        found = self._newest(
+            [shapes], step, free=lambda: jax.tree.map(lambda array: array.delete(), arrays)
+        )
         return Restored(state.replace(**found.state[0]), found.data, found.step, found.notes)
 
     def restore_params(self, shapes: State, step: int | None = None) -> Restored[State]:
@@ -193,7 +196,12 @@ class Checkpoints:
             self._manager.close()
 
     def _newest(
-        self, parts: Sequence[Any], step: int | None, partial: bool = False
+        self,
+        parts: Sequence[Any],
+        step: int | None,
+        *,
+        partial: bool = False,
+        free: Callable[[], object] = lambda: None,
     ) -> Restored[list[Any]]:
         """Restores the newest intact checkpoint, reading its arrays in parts, one after another.
 
@@ -201,19 +209,18 @@ class Checkpoints:
           parts: Trees of shapes with shardings.
           step: One of `steps`; by default the newest intact one.
           partial: Whether the checkpoint has arrays that are in none of the parts.
+          free: Called before arrays are read, once the checkpoint is known to be of this run.
         """
         broken: dict[int, str] = {}
         for candidate in [step] if step is not None else reversed(self.steps):
             try:
-                saved, arrays = self._read(candidate, parts, partial)
+                saved = self._read_json(candidate)
+                self._check(candidate, saved["run"], parts, partial)
+                free()
+                arrays = self._read_arrays(candidate, saved["run"]["arrays"], parts, partial)
             except _BrokenError as error:
                 broken[candidate] = str(error)
                 continue
-            if found := config_differences(saved["run"]["config"], self._run["config"]):
-                raise UserError(
-                    f"--workdir: {self.path(candidate)} is the checkpoint of a run with another "
-                    f"config ({'; '.join(found)}); use another folder, or the same config"
-                )
             notes = [
                 f"checkpoint {older} is broken ({why}); restoring checkpoint {candidate} instead"
                 for older, why in broken.items()
@@ -232,47 +239,72 @@ class Checkpoints:
             + "); restore one from a backup, or start over in another --workdir"
         )
 
-    def _read(
-        self, step: int, parts: Sequence[Any], partial: bool
-    ) -> tuple[dict[str, Any], list[Any]]:
-        """Reads a checkpoint: `run` and `data`, and the arrays in parts.
+    def _read_json(self, step: int) -> dict[str, Any]:
+        """What a checkpoint holds beside arrays: `run` and `data`.
 
         Raises:
           _BrokenError: In every process, if the checkpoint is broken in any of them.
         """
-        path = self.path(step)
 
         # Not the manager's restore, which ends in a collective: a process that fails to read its
         # share would not join it, and the others would hang.
-        def read_json() -> dict[str, Any]:
+        def read() -> dict[str, Any]:
             saved = {
-                name: self._handlers[name].restore(path / name, args=ocp.args.JsonRestore())
+                name: self._handlers[name].restore(
+                    self.path(step) / name, args=ocp.args.JsonRestore()
+                )
                 for name in ("run", "data")
             }
             if saved["run"].pop("checksum") != json_checksum(saved["run"], saved["data"]):
                 raise _BrokenError("wrong checksum of run or data")
             return saved
 
-        def read_arrays(part: Any) -> Any:
+        return _in_every_process(read)
+
+    def _check(
+        self, step: int, run: Mapping[str, Any], parts: Sequence[Any], partial: bool
+    ) -> None:
+        """Refuses a checkpoint of another config, another model or another optimizer."""
+        if found := config_differences(run["config"], self._run["config"]):
+            raise UserError(
+                f"--workdir: {self.path(step)} is the checkpoint of a run with another "
+                f"config ({'; '.join(found)}); use another folder, or the same config"
+            )
+        wanted = {name: shape for part in parts for name, shape in _shapes(part).items()}
+        # Orbax does not report missing or extra arrays.
+        saved = {
+            name: shape
+            for name, shape in run["shapes"].items()
+            if not partial or name.startswith("params.")
+        }
+        if found := differences(saved, wanted):
+            raise UserError(
+                f"--workdir: {self.path(step)} was saved with another model or optimizer "
+                f"({'; '.join(found[:3])}); use another folder, or the same model and optimizer"
+            )
+
+    def _read_arrays(
+        self, step: int, sums: Mapping[str, int], parts: Sequence[Any], partial: bool
+    ) -> list[Any]:
+        """The arrays of a checkpoint, in parts.
+
+        Raises:
+          _BrokenError: In every process, if the checkpoint is broken in any of them.
+        """
+
+        def read(part: Any) -> Any:
             how = ocp.checkpoint_utils.construct_restore_args(part)
             args = ocp.args.PyTreeRestore(part, restore_args=how, partial_restore=partial)
             # Frees the buffers that they were copied from before reading more.
-            return jax.block_until_ready(self._reader.restore(path / "state", args=args))
+            return jax.block_until_ready(self._reader.restore(self.path(step) / "state", args=args))
 
-        saved = _in_every_process(read_json)
-        sums = saved["run"]["arrays"]
-        wanted = {name for part in parts for name in by_name(part)}
-        kinds = {name.split(".")[0] for name in wanted}  # "params" and so on.
-        # Orbax does not report missing or extra arrays.
-        if others := wanted ^ {name for name in sums if name.split(".")[0] in kinds}:
-            raise _BrokenError(f"{min(others)} is in only one of checkpoint and model")
         arrays = []
         for part in parts:
-            arrays.append(_in_every_process(functools.partial(read_arrays, part)))
+            arrays.append(_in_every_process(functools.partial(read, part)))
             for name, value in checksums(arrays[-1]).items():
                 if sums[name] != value:
                     raise _BrokenError(f"wrong checksum of {name}")
-        return saved, arrays
+        return arrays
 
     def _set_aside(self, steps: list[int]) -> epath.Path:
         """Moves checkpoints out of the way of later saves of the same steps."""
@@ -315,6 +347,11 @@ class _Manager(ocp.CheckpointManager):
 def _arrays(state: TrainState) -> dict[str, Any]:
     """The arrays of a state, which are saved; its functions are not."""
     return {"step": state.step, "params": state.params, "opt_state": state.opt_state}
+
+
+def _shapes(arrays: Any) -> dict[str, str]:
+    """Type and shape of each array by name, such as "float32(3, 2)"."""
+    return {name: f"{leaf.dtype}{leaf.shape}" for name, leaf in by_name(arrays).items()}
 
 
 class _BrokenError(Exception):

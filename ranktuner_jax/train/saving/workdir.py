@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -55,6 +56,8 @@ def claim_workdir(workdir: epath.PathLike, config: TrainConfig) -> Callable[[], 
         raise UserError(
             f"--workdir: expected a writable folder, got {workdir}: {error.strerror}"
         ) from error
+    if config.code and (workdir / CODE).exists():
+        _check_code((workdir / CODE).read_text(), config.code, workdir)
     if exists and (found := config_differences(to_dict(read_config_json(path)), mine)):
         raise UserError(
             f"--workdir: {workdir} holds a run with another config ({'; '.join(found)}); "
@@ -69,6 +72,21 @@ def claim_workdir(workdir: epath.PathLike, config: TrainConfig) -> Callable[[], 
             files.write_whole(path, json.dumps(mine, indent=2) + "\n")
 
     return claim
+
+
+def _check_code(old: str, new: str, workdir: epath.Path) -> None:
+    """Refuses other code in the user's config file; the values are compared as values."""
+
+    def without_values(code: str) -> str:
+        tree = ast.parse(code)
+        tree.body = [n for n in tree.body if getattr(n, "name", "") != "get_config"]
+        return ast.dump(tree)
+
+    if without_values(old) != without_values(new):
+        raise UserError(
+            f"--workdir: {workdir} holds a run whose config file has other code, see "
+            f"{workdir / CODE}; use another folder, or the same code"
+        )
 
 
 def config_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ranktuner_jax.data import Batch
@@ -45,6 +46,7 @@ class StepProgram:
         rows = Batch.of(batch)
         shapes = jax.tree.map(lambda array: array.shape, rows)
         if self._shapes is None:
+            _check_everywhere(shapes.tokens)
             _, readers = row_share(self._mesh)
             check_batch(self._mesh, readers * len(rows.tokens), self._accumulation)
             self._shapes = shapes
@@ -70,3 +72,13 @@ class StepProgram:
         self.compile(state, batch)
         stepped: tuple[TrainState, Metrics] = self._program(state, batch, hold)
         return stepped
+
+
+def _check_everywhere(shape: tuple[int, ...]) -> None:
+    """Refuses, in every process, batches that have other shapes in other processes."""
+    if jax.process_count() > 1:
+        shapes = multihost_utils.process_allgather(np.array(shape, np.int32))
+        if (shapes != shapes[0]).any():
+            raise UserError(
+                f"batches: expected the same shape in every process, got {shapes.tolist()}"
+            )

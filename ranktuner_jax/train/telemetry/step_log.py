@@ -81,17 +81,19 @@ class StepLog:
                 raise NonFiniteError(step, values["loss"], values["grad_norm"], batch)
         tokens, supervised = values.pop("tokens"), values.pop("supervised_tokens")
         seen = values.pop("seen")
-        if step % self._every == 0 or step in (1, self._steps):
-            values |= {
-                "tokens_per_second": tokens / seconds,
-                "supervised_tokens_per_second": supervised / seconds,
-                "step_seconds": seconds,
-                "skipped_steps": self.skipped,
-            }
+        values |= {
+            "tokens_per_second": tokens / seconds,
+            "supervised_tokens_per_second": supervised / seconds,
+            "step_seconds": seconds,
+            "skipped_steps": self.skipped,
+        }
+        write = step % self._every == 0 or step in (1, self._steps)
+        if write:
             values |= self._utilisation.metrics(
                 tokens=tokens, supervised=supervised, seen=seen, seconds=seconds
             )
-            self._telemetry.record(step, prefixed("train", values))
+        self._telemetry.record(step, prefixed("train", values), write)  # For hooks: every step.
+        if write:
             mean = sum(self._step_times) / len(self._step_times)
             self._telemetry.progress.step(
                 step,

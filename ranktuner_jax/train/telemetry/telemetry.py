@@ -25,6 +25,7 @@ class Telemetry:
 
     Attributes:
       metrics: The latest value of each metric, in every process.
+      metric_steps: The step of each of these values.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Telemetry:
     ) -> None:
         self._workdir, self._config, self._run = workdir, config, run
         self.metrics: dict[str, float] = {}
+        self.metric_steps: dict[str, int] = {}
         self._progress: Progress | None = None
         self._writer: Writer | None = None
 
@@ -66,10 +68,11 @@ class Telemetry:
         """A local folder for traces; None without a workdir."""
         return None if self._writer is None else self._writer.profile_path
 
-    def record(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Records metrics of a step by name, such as "train/nll"."""
+    def record(self, step: int, metrics: Mapping[str, float], write: bool = True) -> None:
+        """Records metrics of a step by name, such as "train/nll"; `write` puts them on disk."""
         self.metrics.update({name: float(value) for name, value in metrics.items()})
-        if self._writer is not None:
+        self.metric_steps.update(dict.fromkeys(metrics, step))
+        if write and self._writer is not None:
             self._writer.write(step, metrics)
 
     def close(self) -> None:

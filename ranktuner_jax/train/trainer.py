@@ -16,14 +16,15 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ranktuner_jax import data, evals, losses, models
-from ranktuner_jax.errors import RunError, UserError
+from ranktuner_jax.errors import UserError
 from ranktuner_jax.train.batch_source import Batches, BatchSource
 from ranktuner_jax.train.config import CheckpointConfig, MeshConfig, TelemetryConfig
 from ranktuner_jax.train.hooks import Hook
+from ranktuner_jax.train.hooks.calls import HookCalls
 from ranktuner_jax.train.runtime.mesh import make_mesh
 from ranktuner_jax.train.runtime.preemption import StopNotice, Stopped
 from ranktuner_jax.train.saving.checkpoint import Checkpoints
-from ranktuner_jax.train.saving.nonfinite import gather, keep_step, load_step
+from ranktuner_jax.train.saving.nonfinite import load_step, stop_at
 from ranktuner_jax.train.step.program import StepProgram
 from ranktuner_jax.train.step.state import TrainState, init_state
 from ranktuner_jax.train.step.train_step import Metrics
@@ -129,6 +130,7 @@ class Trainer:
                 raise ValueError(f"{name} must be at least {least}: got {value}.")
         self.mesh = model.mesh = _mesh_of(model, mesh)
         self.tx, self.weighting, self.hooks = tx, weighting, list(hooks)
+        self._calls = HookCalls(self.hooks)
         self.workdir = None if workdir is None else epath.Path(workdir)
         self.steps_done = 0
         self._model = model
@@ -150,8 +152,6 @@ class Trainer:
         self._users = 0  # Nested `with` blocks; the outermost closes the files.
         self._source: BatchSource | None = None
         self._position: Any = None  # Of the batches, from a checkpoint.
-        self._resumed = False
-        self._pending: list[Hook] = []  # Due after the last step, which a signal prevented.
         self._log: StepLog | None = None
         self._notice: StopNotice | None = None
         self._stop_reason = ""
@@ -238,24 +238,24 @@ class Trainer:
           RunError: If a step is not finite, or a checkpoint cannot be written.
           UserError: If the workdir has checkpoints and `resume` was not called, or batches run out
             or have the wrong shape.
+          ValueError: If an argument is invalid.
         """
         if not isinstance(steps, int) or steps < 0:
             raise ValueError(f"steps must be a whole number of steps: got {steps!r}.")
         self._stop_reason = ""
         with StopNotice() as notice, self._training(steps, notice):
             self._open_source(batches, batch_size, seed)
-            for hook in self.hooks:
-                hook.start(self)
+            self._calls.start(self)
             try:
                 with notice.deferred():
-                    called = self._run_steps(steps, notice)
+                    self._run_steps(steps, notice)
             except NonFiniteError as found:
-                raise self._keep(found) from None
+                # The state is that before the step; the batches are ahead of it.
+                self.steps_done, self._source, self._position = found.step - 1, None, None
+                raise stop_at(found, self.state, self.workdir, self._run) from None
             if self._checkpoints is not None:
                 self._checkpoints.wait()
-            for hook in self.hooks:
-                if hook.at_end and hook not in called:
-                    hook(self)
+            self._calls.finish(self)
         return FitResult(self.steps_done, dict(self.metrics), self._stop_reason)
 
     def step(self, batch: data.Batch | Mapping[str, Any]) -> dict[str, jax.Array]:
@@ -280,10 +280,11 @@ class Trainer:
           RunError: If it cannot be written.
           ValueError: If the trainer has no workdir.
         """
+        if self.workdir is None:
+            raise ValueError("save needs a trainer with a workdir.")
         with self:
             self._save()
-            if self._checkpoints is None:
-                raise ValueError("save needs a trainer with a workdir.")
+            assert self._checkpoints is not None
             self._checkpoints.wait()
 
     def resume(self) -> int:
@@ -300,7 +301,6 @@ class Trainer:
             raise ValueError("resume needs a trainer with a workdir.")
         with self:
             assert self._checkpoints is not None
-            self._resumed = True
             if not self._checkpoints.steps:
                 return 0
             restored = self._checkpoints.restore(self.state)
@@ -312,11 +312,7 @@ class Trainer:
             for name, (step, value) in restored.data["metrics"].items():
                 self._telemetry.record(step, {name: value}, write=False)
             nnx.update(self._model, self._state.params)
-            named = self._hooks_by_name()
-            self._pending = [h for name, h in named.items() if name in restored.data["pending"]]
-            for name, hook in named.items():
-                if name in restored.data["hooks"]:
-                    hook.set_state(restored.data["hooks"][name])
+            self._calls.set_state(restored.data["hooks"])
         return self.steps_done
 
     def evaluate(
@@ -397,7 +393,7 @@ class Trainer:
         """Opens the files and hooks that `fit` needs, and closes them."""
         with self, contextlib.ExitStack() as stack:
             saved = self._checkpoints.steps if self._checkpoints else []
-            if saved and not self.steps_done and not self._resumed:
+            if max(saved, default=0) > self.steps_done:
                 raise UserError(
                     f"{self.workdir}: has checkpoint {max(saved)} of an earlier run; call resume() "
                     "before fit(), or use another workdir"
@@ -414,8 +410,7 @@ class Trainer:
             )
             self._notice = notice
             stack.callback(setattr, self, "_notice", None)
-            for hook in self.hooks:
-                stack.callback(hook.close)
+            stack.callback(self._calls.close)
             yield
 
     def open_telemetry(self, steps: int) -> None:
@@ -434,17 +429,17 @@ class Trainer:
 
     # --- The steps.
 
-    def _run_steps(self, steps: int, notice: StopNotice) -> list[Hook]:
-        """The training loop; returns the hooks that were called after the last step."""
+    def _run_steps(self, steps: int, notice: StopNotice) -> None:
+        """The training loop."""
         log, source = self._log, self._source
         assert log is not None
         assert source is not None
         hold = self._program.off
-        called = self._call_pending() if self.steps_done < steps else []
+        if self.steps_done < steps and self._calls.call_pending(self):
+            raise Stopped(f"stopped and saved after step {self.steps_done}")
         while self.steps_done < steps and not self._stop_reason:
             number = self.steps_done + 1
-            for hook in self.hooks:
-                hook.before_step(self, number)
+            self._calls.before_step(self, number)
             batch = self._program.place(source.next(number))
             if self._program.compile(self.state, batch):
                 log.restart_clock()
@@ -456,14 +451,10 @@ class Trainer:
             hold = metrics["nonfinite"] if at_limit else self._program.off
 
             stopping = notice.reached()
-            due = [hook for hook in self.hooks if hook.is_due(number) and number < steps]
-            called = []
-            if due and not stopping:
+            if number < steps and self._calls.are_due(number):
                 log.read()
-                called = self._call(due)
+                stopping = self._calls.after_step(self, number, stopping)
                 log.restart_clock()
-            stopping = stopping or len(called) < len(due)
-            self._pending = due[len(called) :]
             last = number == steps or bool(self._stop_reason)
             every = self._checkpoint.every_steps
             if last or stopping or (every and number % every == 0):
@@ -476,7 +467,6 @@ class Trainer:
                 self._checkpoints.wait()
                 raise Stopped(f"stopped and saved after step {number}")
         nnx.update(self._model, self.state.params)
-        return called
 
     def _take_step(self, batch: data.Batch, hold: jax.Array) -> Metrics:
         self._program.compile(self.state, batch)
@@ -488,63 +478,13 @@ class Trainer:
     def _save(self) -> None:
         if self._checkpoints is None:
             return
-        named = self._hooks_by_name().items()
-        metrics = self._telemetry.metric_steps
+        steps = self.metric_steps
         saved = {
             "batches": self._source.position() if self._source else self._position,
-            "hooks": {name: hook.get_state() for name, hook in named},
-            "pending": [name for name, hook in named if hook in self._pending],
-            "metrics": {name: [metrics[name], value] for name, value in self.metrics.items()},
+            "hooks": self._calls.get_state(),
+            "metrics": {name: [steps[name], value] for name, value in self.metrics.items()},
         }
         self._checkpoints.save(self.steps_done, self.state, saved)
-
-    def _call(self, hooks: Sequence[Hook]) -> list[Hook]:
-        """Calls hooks in order until a signal arrives; returns those that were called."""
-        called: list[Hook] = []
-        try:
-            for hook in hooks:
-                hook(self)
-                called.append(hook)
-        except Stopped:
-            pass
-        return called
-
-    def _call_pending(self) -> list[Hook]:
-        """Calls the hooks that were due when a resumed run was stopped."""
-        called = self._call(self._pending)
-        if len(called) < len(self._pending):
-            raise Stopped(f"stopped and saved after step {self.steps_done}")
-        self._pending = []
-        return called
-
-    def _hooks_by_name(self) -> dict[str, Hook]:
-        """Hooks by class name; further hooks of a class are numbered."""
-        named: dict[str, Hook] = {}
-        for hook in self.hooks:
-            name = type(hook).__name__
-            same = sum(key.split(".")[0] == name for key in named)
-            named[f"{name}.{same}" if same else name] = hook
-        return named
-
-    def _keep(self, found: NonFiniteError) -> RunError:
-        """Saves a non-finite step; returns the error to raise."""
-        batch = gather(found.batch)
-        kept = "without a workdir it was not saved"
-        replay, skip = f"trainer.replay({found.step})", "a nonfinite_limit above 0"
-        if self.workdir is not None and (self.workdir / "config.json").exists():
-            replay = f"ranktuner_jax.train.replay({os.fspath(self.workdir)!r}, {found.step})"
-            skip = "--config.train.on_nonfinite=skip"
-        if self.workdir is not None:
-            try:
-                keep_step(self.workdir, found.step, self.state, batch, self._run)
-                kept = f"`{replay}` repeats it"
-            except (OSError, RunError) as error:
-                kept = f"it could not be saved in {self.workdir}: {error}"
-        return RunError(
-            f"step {found.step}: the loss is {found.loss} and the gradient norm {found.grad_norm}, "
-            f"on rows {batch.row_index.ravel().tolist()} of the data set; {kept}; "
-            f"{skip} skips such steps"
-        )
 
     def _open_source(self, batches: Batches, batch_size: int | None, seed: int) -> None:
         """Opens the batches at the position of the run."""

@@ -28,26 +28,50 @@ def start(
       env: Further environment variables.
       own: One further argument for each process.
     """
+    cluster = [f"--coordinator={_free_address()}", f"--processes={processes}"]
+    command = ["-m", "ranktuner_jax.cli", "train", *arguments, *cluster]
+    return [
+        _python(
+            [*command, f"--process={process}", *(own[process : process + 1] if own else ())],
+            devices,
+            env,
+        )
+        for process in range(processes)
+    ]
+
+
+def start_script(script: str, *, processes: int = 2) -> list[subprocess.Popen[str]]:
+    """Runs Python code in each of several processes, with the coordinator's address and its index.
+
+    Args:
+      script: The code; its arguments are in `sys.argv[1:]`.
+      processes: The number of processes.
+    """
+    address = _free_address()
+    return [_python(["-c", script, address, str(process)]) for process in range(processes)]
+
+
+def _free_address() -> str:
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+        return f"localhost:{free.getsockname()[1]}"
+
+
+def _python(
+    arguments: Sequence[str], devices: int = 1, env: Mapping[str, str] | None = None
+) -> subprocess.Popen[str]:
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         **(env or {}),
     }
-    cluster = [f"--coordinator=localhost:{port}", f"--processes={processes}"]
-    command = [sys.executable, "-m", "ranktuner_jax.cli", "train", *arguments, *cluster]
-    return [
-        subprocess.Popen(
-            [*command, f"--process={process}", *(own[process : process + 1] if own else ())],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for process in range(processes)
-    ]
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def wait(processes: Sequence[subprocess.Popen[str]], timeout: float) -> list[tuple[int, str]]:

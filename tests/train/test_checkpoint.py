@@ -294,6 +294,15 @@ def test_other_package_versions_are_reported(
     ) in notes[0]
 
 
+def test_keys_that_are_newer_than_a_checkpoint_are_no_other_config(
+    two_saved: pathlib.Path,
+) -> None:
+    config = {"seed": 7, "hooks": {"patience": 3}}
+    checkpoints = Checkpoints(two_saved, CheckpointConfig(), config, PARAMS, read_only=True)
+    assert checkpoints.restore(random_state(0)).step == 4
+    checkpoints.close()
+
+
 def loggers() -> list[logging.Logger]:
     return [logging.getLogger(name) for name in ("absl", "asyncio")]
 

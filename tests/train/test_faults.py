@@ -130,10 +130,12 @@ def test_nonfinite_steps_are_skipped_and_counted_up_to_a_limit(
 def test_a_signal_outside_the_steps_stops_the_run_and_loses_nothing(
     moment: str,
     finished: pathlib.Path,
-    tiny_config: MakeConfig,
+    tiny_config_file: pathlib.Path,
     tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    config = tiny_config(eval__every_steps=3)
+    arguments = [f"--config={tiny_config_file}", "--config.eval.every_steps=3"]
+    command = ["train", *arguments, f"--workdir={tmp_path / 'run'}"]
     inside, call = {
         "load": ("load_pretrained", 1),
         "evaluate before": ("evaluate", 1),
@@ -142,12 +144,15 @@ def test_a_signal_outside_the_steps_stops_the_run_and_loses_nothing(
     }[moment]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RANKTUNER_CACHE", str(tmp_path / "cache"))  # Evaluates before training too.
-        with sigterm_inside(inside, call), pytest.raises(Stopped):
-            train_and_evaluate(config, tmp_path / "run")
+        with sigterm_inside(inside, call):
+            assert cli.main(command) == PREEMPTED
     saved = [int(path.name) for path in tmp_path.glob("run/checkpoints/*")]
     assert max(saved, default=0) == {"evaluate in between": 3, "export": 6}.get(moment, 0)
-    train_and_evaluate(config, tmp_path / "run")
+    assert capsys.readouterr().err.splitlines()[-1].endswith("run the same command to resume")
+    assert cli.main(command) == 0
     assert weights(tmp_path / "run") == weights(finished)
+    # The evaluation that the signal prevented is there too.
+    assert list(logged(tmp_path / "run", "eval/nll")) == [0, 3, 6]
 
 
 # --- A broken checkpoint.
@@ -167,7 +172,8 @@ def test_a_run_resumes_from_the_checkpoint_before_a_broken_one(
     said = capsys.readouterr().err.splitlines()
     assert sum(line.startswith("checkpoint 5 is broken (") for line in said) == 1
     assert "resuming after step 4 of 6" in said
-    assert sorted(logged(tmp_path, "train/loss")) == [1, 2, 3, 4, 5, 6]
+    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4, 5, 6]
     assert weights(tmp_path) == weights(finished)
 
     # The export of a run skips a broken one too, and moves no files.

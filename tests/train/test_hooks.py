@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -136,6 +137,56 @@ def test_training_ends_without_improvement(
         assert "mine" in result.stopped
 
 
+def test_the_step_after_which_training_ends_is_saved(tmp_path: pathlib.Path) -> None:
+    early = StopEarly("mine", mode="min", patience=1)
+    trainer = make_trainer(hooks=[Log([3.0, 4.0, 1.0]), early], workdir=tmp_path)
+    assert trainer.fit(make_batches(), steps=6).steps == 2
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
+
+
+def test_a_finished_run_that_is_resumed_knows_its_metrics(tmp_path: pathlib.Path) -> None:
+    def make() -> Trainer:
+        best = KeepBest("train/loss", mode="min", folder=tmp_path / "best")
+        return make_trainer(hooks=[best], workdir=tmp_path / "run")
+
+    first = make()
+    first.fit(make_batches(), steps=2)
+    again = make()
+    again.resume()
+    assert again.fit(make_batches(), steps=2).metrics == first.metrics
+
+
+class Count(Hook):
+    """Remembers the steps after which it was called."""
+
+    def __init__(self, every: int) -> None:
+        super().__init__(every=every)
+        self.steps: list[int] = []
+
+    def __call__(self, trainer: Trainer) -> None:
+        self.steps.append(trainer.steps_done)
+
+    def get_state(self) -> dict[str, Any]:
+        return {"steps": self.steps}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        self.steps = list(state["steps"])
+
+
+def test_hooks_of_one_class_have_states_of_their_own(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(Stopped):
+        fit([1.0] * 6, Count(2), tmp_path, Count(3), BeforeStep(4, sigterm))
+    two, three = Count(2), Count(3)
+    fit([1.0] * 6, two, tmp_path, three)
+    assert (two.steps, three.steps) == ([2, 4, 6], [3, 6])
+
+
+def test_no_hook_is_called_twice_after_the_step_that_ends_training(tmp_path: pathlib.Path) -> None:
+    count = Count(2)
+    fit([3.0, 4.0, 5.0, 6.0], StopEarly("mine", mode="min", patience=3), tmp_path, count)
+    assert count.steps == [2, 4]
+
+
 def test_a_metric_that_nobody_logs_is_named() -> None:
     trainer = make_trainer(hooks=[StopEarly("eval/nll", mode="min")])
     with pytest.raises(
@@ -159,9 +210,9 @@ def test_what_cannot_be_is_refused() -> None:
 
 
 def test_a_value_of_an_earlier_step_is_not_compared() -> None:
-    late = Hook(lambda trainer: trainer.log({"mine": 1.0}), every=3)
-    trainer = make_trainer(hooks=[late, StopEarly("mine", mode="min", every=2)])
-    with pytest.raises(ValueError, match=r"StopEarly: no value of 'mine' at step 2"):
+    early = Hook(lambda trainer: trainer.log({"mine": 1.0}), every=2)
+    trainer = make_trainer(hooks=[early, StopEarly("mine", mode="min", every=3)])
+    with pytest.raises(ValueError, match=r"StopEarly: no value of 'mine' at step 3"):
         trainer.fit(make_batches(), steps=6)
 
 
@@ -202,7 +253,7 @@ def test_a_longer_run_keeps_the_best_of_the_last_step(tmp_path: pathlib.Path) ->
 def test_a_folder_that_holds_something_else_is_not_replaced(tmp_path: pathlib.Path) -> None:
     (tmp_path / "mine").mkdir()
     hook = KeepBest("mine", mode="min", folder=tmp_path / "mine")
-    with pytest.raises(ValueError, match=r"mine exists, and has no best\.json"):
+    with pytest.raises(UserError, match=r"got .*mine without best\.json; move it away"):
         make_trainer(hooks=[hook]).fit(make_batches(), steps=1)
 
 

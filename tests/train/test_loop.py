@@ -171,6 +171,19 @@ def test_evaluations_in_between_are_logged(tiny_config: MakeConfig, tmp_path: pa
     assert steps_in(tmp_path) == sorted({1, *range(3, steps, 3), steps})
 
 
+def test_a_run_that_failed_before_its_first_checkpoint_has_one_line_of_step_0(
+    tiny_config: MakeConfig, tmp_path: pathlib.Path
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("out of luck")
+
+    with pytest.raises(RuntimeError, match="out of luck"):
+        train_and_evaluate(tiny_config(), tmp_path, hooks=[BeforeStep(2, fail)])
+    train_and_evaluate(tiny_config(), tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 5, 6, 6]
+
+
 def test_export_writes_any_checkpoint(
     finished: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

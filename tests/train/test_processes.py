@@ -103,3 +103,21 @@ def test_incomplete_process_flags_are_a_one_line_error(
     shown = capsys.readouterr().err
     assert message in shown
     assert shown.count("\n") == 1
+
+
+FAILS = """
+import sys, time, jax
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from ranktuner_jax.errors import RunError
+from ranktuner_jax.train import exit_without_waiting
+with exit_without_waiting():
+    time.sleep(5 * int(sys.argv[2]))  # Process 1 is late.
+    raise RunError(f"process {jax.process_index()} failed")
+"""
+
+
+def test_processes_that_fail_together_each_exit_with_their_own_message() -> None:
+    # Process 0 hosts JAX's coordination service, without which JAX aborts the others.
+    ends = processes.wait(processes.start_script(FAILS), timeout=60)
+    said = [(code, stderr.splitlines()[-1]) for code, stderr in ends]
+    assert said == [(1, f"ranktuner: process {process} failed") for process in range(2)]

@@ -250,6 +250,18 @@ def test_a_checkpoint_is_saved_when_it_is_asked_for(tmp_path: pathlib.Path) -> N
     assert fresh.resume() == 0
 
 
+def test_a_checkpoint_of_the_start_can_be_trained_from(
+    whole: Trainer, tmp_path: pathlib.Path
+) -> None:
+    make_trainer(workdir=tmp_path / "resumed").save()
+    resumed, same = make_trainer(workdir=tmp_path / "resumed"), make_trainer(workdir=tmp_path)
+    assert resumed.resume() == 0
+    same.save()
+    for trainer in (resumed, same):
+        trainer.fit(make_batches(), steps=STEPS)
+        assert_same_bits(trainer, whole)
+
+
 def test_what_needs_a_workdir_says_so(tmp_path: pathlib.Path) -> None:
     trainer = make_trainer()
     for call in (trainer.save, trainer.resume, lambda: trainer.replay(1)):
@@ -281,6 +293,15 @@ def test_a_step_that_is_not_finite_is_raised_and_can_be_done_again(tmp_path: pat
     assert np.isnan(metrics["loss"])
     with pytest.raises(RunError, match=r"^step 3: .* without a workdir it was not saved"):
         make_trainer().fit(spoiled(3), steps=STEPS)
+
+
+def test_after_a_nonfinite_step_fit_continues_with_the_batch_of_that_step(whole: Trainer) -> None:
+    trainer = make_trainer()
+    with pytest.raises(RunError, match=r"^step 3: "):
+        trainer.fit(spoiled(3), steps=STEPS)
+    assert trainer.steps_done == int(trainer.state.step) == 2
+    trainer.fit(make_batches(), steps=STEPS)
+    assert_same_bits(trainer, whole)
 
 
 def test_steps_that_are_not_finite_can_be_left_out() -> None:

@@ -12,6 +12,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from ranktuner_jax import files, models
+from ranktuner_jax.errors import UserError
 from ranktuner_jax.train.hooks.hook import Hook
 
 if TYPE_CHECKING:
@@ -85,7 +86,8 @@ class KeepBest(_Best):
         """Reads what the folder holds of an earlier part of the run.
 
         Raises:
-          ValueError: If there is no folder, or one that holds something else.
+          UserError: If the folder holds something else.
+          ValueError: If there is none.
         """
         if self._folder is None and trainer.workdir is None:
             raise ValueError("KeepBest needs a folder, since the trainer has no workdir.")
@@ -96,7 +98,10 @@ class KeepBest(_Best):
             if found["metric"] == self.metric:
                 self.best, self.best_step = found["value"], found["step"]
         elif self._path.exists():
-            raise ValueError(f"KeepBest: {self._path} exists, and has no {_RECORD}.")
+            raise UserError(
+                f"KeepBest: expected a new folder, or one that it wrote, got {self._path} without "
+                f"{_RECORD}; move it away"
+            )
 
     def __call__(self, trainer: Trainer) -> None:
         """Saves the model if it is the best so far."""

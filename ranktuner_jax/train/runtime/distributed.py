@@ -6,10 +6,13 @@ import argparse
 import contextlib
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator
+from typing import Any
 
 import jax
+from jax._src import distributed as jax_distributed  # The store has no public API.
 
 from ranktuner_jax.errors import RunError, UserError
 
@@ -18,6 +21,8 @@ __all__ = ["add_arguments", "exit_without_waiting", "initialize"]
 # A process without a heartbeat for this long is considered dead, and the others exit. Neither
 # checkpoints nor compilation block the heartbeat's thread.
 _HEARTBEAT_SECONDS = 30
+# How long a failed process 0 waits for the others to report their own failure.
+_LAST_EXIT_SECONDS = 20.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +81,7 @@ def initialize(args: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def exit_without_waiting() -> Iterator[None]:
-    """Makes a process that cannot continue exit immediately, with exit code 1.
+    """Makes a process that cannot continue exit with code 1, without waiting for the others' work.
 
     A failed process, device or disk is one line; an error in the code keeps its traceback.
 
@@ -89,13 +94,35 @@ def exit_without_waiting() -> Iterator[None]:
         if jax.process_count() == 1 or isinstance(error, UserError):
             raise
         line = (str(error).splitlines() or [""])[0]
-        if not isinstance(error, RunError | jax.errors.JaxRuntimeError):
-            traceback.print_exc()
-            os._exit(1)
-        if not isinstance(error, RunError):
-            line = (
-                f"a device or another process of the run failed ({line[:200]}); run the same "
-                "command in all processes to resume from the newest checkpoint"
+        if isinstance(error, RunError):
+            print(f"ranktuner: {line}", file=sys.stderr, flush=True)
+        elif isinstance(error, jax.errors.JaxRuntimeError):
+            print(
+                f"ranktuner: a device or another process of the run failed ({line[:200]}); run the "
+                "same command in all processes to resume from the newest checkpoint",
+                file=sys.stderr,
+                flush=True,
             )
-        print(f"ranktuner: {line}", file=sys.stderr, flush=True)
+        else:
+            traceback.print_exc()
+            sys.stderr.flush()
+        _let_others_exit_first()
         os._exit(1)
+
+
+def _let_others_exit_first() -> None:
+    """On process 0, waits briefly until the others are about to exit; tells it so on the others.
+
+    JAX aborts a process that loses process 0, which hosts the coordination service. Where all fail
+    together, each should exit with its own message instead.
+    """
+    store: Any = jax_distributed.global_state.client
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        if jax.process_index():
+            store.key_value_set(f"ranktuner/exits/{jax.process_index()}", "")
+            return
+        deadline = time.monotonic() + _LAST_EXIT_SECONDS
+        for process in range(1, jax.process_count()):
+            left = max(deadline - time.monotonic(), 0.001)
+            store.blocking_key_value_get(f"ranktuner/exits/{process}", int(1000 * left))
+        time.sleep(1.0)  # From the notice to the exit.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,37 +16,52 @@ from jax.experimental import multihost_utils
 
 from ranktuner_jax import files
 from ranktuner_jax.data import Batch
-from ranktuner_jax.errors import UserError
+from ranktuner_jax.errors import RunError, UserError
 from ranktuner_jax.train.config import CheckpointConfig
 from ranktuner_jax.train.saving.checkpoint import Checkpoints
 from ranktuner_jax.train.step.state import TrainState
+from ranktuner_jax.train.telemetry.step_log import NonFiniteError
 
-__all__ = ["gather", "keep_step", "load_step"]
+__all__ = ["load_step", "stop_at"]
 
 
-def gather(batch: Batch) -> Batch:
-    """A placed batch as NumPy arrays, with the rows of all processes."""
-    return jax.tree.map(
-        lambda array: np.asarray(multihost_utils.process_allgather(array, tiled=True)), batch
+def stop_at(
+    found: NonFiniteError, state: TrainState, workdir: epath.Path | None, run: Mapping[str, Any]
+) -> RunError:
+    """Saves a non-finite step, its batch and the state before it, to `nonfinite/step_N`.
+
+    Args:
+      found: The step.
+      state: The state before it.
+      workdir: The folder of the run; None saves nothing.
+      run: The config of the run.
+
+    Returns:
+      The error to raise, which names the rows of all processes.
+    """
+    batch = jax.tree.map(
+        lambda array: np.asarray(multihost_utils.process_allgather(array, tiled=True)), found.batch
+    )
+    saved, skip = "without a workdir it was not saved", "a nonfinite_limit above 0"
+    if workdir is not None:
+        replay = f"trainer.replay({found.step})"
+        if (workdir / "config.json").exists():
+            replay = f"ranktuner_jax.train.replay({os.fspath(workdir)!r}, {found.step})"
+            skip = "--config.train.on_nonfinite=skip"
+        try:
+            _save(_folder(workdir, found.step), found.step, state, batch, run)
+            saved = f"`{replay}` repeats it"
+        except (OSError, RunError) as error:
+            saved = f"it could not be saved in {workdir}: {error}"
+    return RunError(
+        f"step {found.step}: the loss is {found.loss} and the gradient norm {found.grad_norm}, on "
+        f"rows {batch.row_index.ravel().tolist()} of the data set; {saved}; {skip} skips such steps"
     )
 
 
-def keep_step(
-    workdir: epath.Path, step: int, state: TrainState, batch: Batch, run: Mapping[str, Any]
+def _save(
+    folder: epath.Path, step: int, state: TrainState, batch: Batch, run: Mapping[str, Any]
 ) -> None:
-    """Writes the batch of a step and the state before it to `nonfinite/step_N` of the workdir.
-
-    Args:
-      workdir: The folder of the run.
-      step: The step.
-      state: The state before it.
-      batch: The result of `gather`, the same in every process.
-      run: The config of the run.
-
-    Raises:
-      OSError, RunError: If the files cannot be written.
-    """
-    folder = _folder(workdir, step)
     if jax.process_index() == 0:
         with io.BytesIO() as file:
             np.savez(file, **vars(batch))
@@ -59,7 +75,7 @@ def keep_step(
 def load_step(
     workdir: epath.Path, step: int, state: TrainState, run: Mapping[str, Any]
 ) -> tuple[TrainState, Batch]:
-    """The state and the batch, split into micro-batches, that `keep_step` wrote.
+    """The state and the batch, split into micro-batches, that `stop_at` saved.
 
     Args:
       workdir: The folder of the run.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from typing import Any
 
 from ranktuner_jax.data.records import Conversation
 
@@ -56,11 +57,11 @@ class Holdout:
         return _digest(turns) in self._held
 
 
-def _prompt(conversation: Conversation) -> Iterable[dict[str, str]]:
+def _prompt(conversation: Conversation) -> Iterable[dict[str, Any]]:
     roles = [message["role"] for message in conversation.messages]
     return conversation.messages[: roles.index("assistant")]
 
 
-def _digest(messages: Iterable[dict[str, str]]) -> bytes:
+def _digest(messages: Iterable[dict[str, Any]]) -> bytes:
     text = json.dumps([m["content"] for m in messages if m["role"] != "system"])
     return hashlib.blake2b(text.encode(), digest_size=8).digest()

@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ranktuner_jax.data.chat import ChatEncoder, TokenizedChat
+from ranktuner_jax.data.chat import ChatEncoder, TokenizedChat, TooLong
 from ranktuner_jax.data.config import DataConfig
 from ranktuner_jax.data.holdout import HOLDOUT, Holdout
 from ranktuner_jax.data.packing import best_fit, packing_order
@@ -61,14 +61,14 @@ class Example:
 
     Attributes:
       index: Its number among the examples.
-      messages: All turns; the last one is the reference answer.
+      messages: All turns, as in a `Conversation`; the last one is the reference answer.
       prompt_tokens: The sampler's input.
       completion_tokens: The reference answer, with its end-of-turn token.
       row: The row of the source, for graders.
     """
 
     index: int
-    messages: tuple[dict[str, str], ...]
+    messages: tuple[dict[str, Any], ...]
     prompt_tokens: tuple[int, ...]
     completion_tokens: tuple[int, ...]
     row: Mapping[str, Any]
@@ -106,10 +106,12 @@ def load_rows(
     summary = Summary(config.row_length)
     chats: list[TokenizedChat] = []
     bounds: list[tuple[int, int, float]] = []
+    # Of a sample that is refused or dropped for its length, nothing but its length is needed.
+    max_tokens = None if config.too_long == "truncate" else config.row_length + 1
     for source, weight in config.mixture or ((config.source, 1.0),):
         first = len(chats)
         for conversation, samples in _tokenized(
-            config, source, split or config.split, encoder, summary
+            config, source, split or config.split, encoder, summary, max_tokens
         ):
             for sample in samples:
                 chats += _fit(sample, conversation.where, config, summary)
@@ -171,7 +173,9 @@ def load_examples(
         summary = Summary(config.row_length)
         pairs = _tokenized(config, source, split, encoder, summary)
         for conversation, samples in itertools.islice(pairs, share):
-            prompt, completion = samples[-1].split_last_turn()
+            last = samples[-1]
+            assert isinstance(last, TokenizedChat)  # Nothing is too long without a limit.
+            prompt, completion = last.split_last_turn()
             examples.append(
                 Example(
                     index=len(examples),
@@ -240,12 +244,17 @@ def _read(config: DataConfig, source: str, split: str, summary: Summary) -> Iter
 
 
 def _tokenized(
-    config: DataConfig, source: str, split: str, encoder: ChatEncoder, summary: Summary
-) -> Iterator[tuple[Conversation, tuple[TokenizedChat, ...]]]:
+    config: DataConfig,
+    source: str,
+    split: str,
+    encoder: ChatEncoder,
+    summary: Summary,
+    max_tokens: int | None = None,
+) -> Iterator[tuple[Conversation, tuple[TokenizedChat | TooLong, ...]]]:
     """Conversations with their samples; one that cannot be encoded counts as a bad row."""
     remaining = conversations(config, source, split, summary)
     while batch := list(itertools.islice(remaining, _CONVERSATIONS_PER_CALL)):
-        for conversation, samples in zip(batch, encoder.encode(batch), strict=True):
+        for conversation, samples in zip(batch, encoder.encode(batch, max_tokens), strict=True):
             if isinstance(samples, BadRowError):
                 _refuse(conversation.where, samples, config, summary)
             else:
@@ -260,19 +269,22 @@ def _refuse(where: str, error: BadRowError, config: DataConfig, summary: Summary
 
 
 def _fit(
-    chat: TokenizedChat, where: str, config: DataConfig, summary: Summary
+    chat: TokenizedChat | TooLong, where: str, config: DataConfig, summary: Summary
 ) -> list[TokenizedChat]:
     """The sample, truncated if `config` says so, or nothing if it is dropped."""
-    positions = len(chat.tokens) - 1
-    if positions <= config.row_length:
+    if isinstance(chat, TooLong):
+        takes = f"at least {chat.fewest - 1:,}"
+    elif len(chat.tokens) - 1 <= config.row_length:
         return [chat]
+    else:
+        takes = f"{len(chat.tokens) - 1:,}"
     if config.too_long == "error":
         raise UserError(
-            f"{where}: the conversation takes {positions:,} tokens, a row holds "
+            f"{where}: the conversation takes {takes} tokens, a row holds "
             f"{config.row_length:,}; raise data.row_length, or set data.too_long=truncate or drop"
         )
     cut = slice(config.row_length + 1)
-    if config.too_long == "drop" or not chat.mask[cut][1:].any():
+    if isinstance(chat, TooLong) or config.too_long == "drop" or not chat.mask[cut][1:].any():
         summary.dropped += 1
         return []
     summary.truncated += 1

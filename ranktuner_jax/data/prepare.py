@@ -18,7 +18,7 @@ from ranktuner_jax.errors import UserError
 __all__ = ["prepare"]
 
 # Columns that the written messages replace: their weights include the row's.
-_WRITTEN = ("messages", "weight")
+_WRITTEN = ("messages", "weight", "train")
 
 
 def prepare(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +19,23 @@ _COLUMNS = (
     ("instruction", "output"),
 )
 # Roles as ShareGPT's rows name them, and what chat templates call them.
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant"}
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bard": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+    "function-response": "tool",
+}
+# ShareGPT's turns whose value is the JSON of a call, or of several.
+_SHAREGPT_CALLS = ("function_call", "function-call")
 
 # <<48/2=24>>, as GSM8K writes for a calculator.
 _CALCULATOR_MARK = re.compile(r"<<[^<>=\n]*=[^<>\n]*>>")
 
-# Content that templates render but a Conversation cannot hold: refused, not silently dropped.
-_REFUSED_KEYS = ("tool_calls", "reasoning_content", "reasoning", "thinking")
+# The names under which data sets keep what an assistant thought before its answer.
+_REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
 class BadRowError(ValueError):
@@ -36,16 +47,21 @@ class Conversation:
     """Messages with the weight of each assistant turn.
 
     Attributes:
-      messages: Dicts of `role` and `content`, in order.
+      messages: Dicts of `role` and `content`, in order; an assistant's may have
+        `reasoning_content` (text) and `tool_calls`, a tool's `name` and `tool_call_id`. A call is
+        `{"type": "function", "function": {"name": ..., "arguments": {...}}}`.
       weights: One per message; 0 if it is not supervised.
       row: The row of the source, for graders.
       where: File and line, or data set and row number.
+      tools: What the assistant may call: JSON schemas,
+        `{"type": "function", "function": {...}}`.
     """
 
-    messages: tuple[dict[str, str], ...]
+    messages: tuple[dict[str, Any], ...]
     weights: tuple[float, ...]
     row: Mapping[str, Any]
     where: str = ""
+    tools: tuple[dict[str, Any], ...] = ()
 
 
 def to_conversation(
@@ -60,8 +76,9 @@ def to_conversation(
     """Reads a row that has `messages`, or a column for the prompt and one for the completion.
 
     Args:
-      row: The row. An optional `weight` (in each message, and in the row)
-        multiplies the loss of its tokens; 0 leaves them unsupervised.
+      row: The row. An optional `weight` (in each message, and in the row) multiplies the loss of
+        its tokens; 0 leaves them unsupervised, and so does `train: false`. `tools` and the
+        messages' `tool_calls` may be JSON text, and so may the arguments of a call.
       where: File and line, or data set and row number.
       prompt_column: Column of the prompt; when empty, `messages`, ShareGPT's `conversations`,
         then `prompt`/`completion`, `problem`/`solution`, `question`/`answer` and Alpaca's
@@ -96,17 +113,19 @@ def to_conversation(
     if not isinstance(turns, list | tuple) or not turns:
         raise BadRowError(f"messages: expected a list of turns, got {_short(turns)}")
 
-    row_weight = _weight(row.get("weight"), "weight")
+    row_weight = _weight(row)
     messages, weights = [], []
     for number, turn in enumerate(turns, 1):
-        message = _message(turn, f"message {number}")
+        name = f"message {number}"
+        message = _message(turn, name)
         if strip_calculator_marks and message["role"] == "assistant":
             message["content"] = _CALCULATOR_MARK.sub("", message["content"])
-        weight = _weight(turn.get("weight"), f"message {number}: weight") * row_weight
+        weight = _weight(turn, f"{name}: ") * row_weight
         messages.append(message)
         weights.append(weight if message["role"] == "assistant" else 0.0)
-        if message["role"] == "assistant" and not message["content"].strip():
-            raise BadRowError(f"message {number}: the assistant's answer is empty")
+        empty = not message["content"].strip() and "tool_calls" not in message
+        if message["role"] == "assistant" and empty:
+            raise BadRowError(f"{name}: the assistant's answer is empty")
     if not any(message["role"] == "assistant" for message in messages):
         raise BadRowError("the conversation has no assistant turn, so there is nothing to learn")
     if not any(weights):
@@ -114,7 +133,7 @@ def to_conversation(
     if system and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
         weights.insert(0, 0.0)
-    return Conversation(tuple(messages), tuple(weights), row, where)
+    return Conversation(tuple(messages), tuple(weights), row, where, _tools(row.get("tools")))
 
 
 def _from_columns(row: Mapping[str, Any], prompt: str, completion: str) -> list[dict[str, Any]]:
@@ -138,24 +157,87 @@ def _from_sharegpt(turns: Any) -> Any:
     def renamed(turn: Any) -> Any:
         if not isinstance(turn, Mapping) or not {"from", "value"} <= turn.keys():
             return turn
-        role = turn["from"]
+        role, value = turn["from"], turn["value"]
+        if role in _SHAREGPT_CALLS:
+            return {**turn, "role": "assistant", "content": None, "tool_calls": value}
         role = _SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
-        return {**turn, "role": role, "content": turn["value"]}
+        return {**turn, "role": role, "content": value}
 
     return [renamed(turn) for turn in turns]
 
 
-def _message(turn: Any, name: str) -> dict[str, str]:
+def _message(turn: Any, name: str) -> dict[str, Any]:
     if not isinstance(turn, Mapping):
         raise BadRowError(f"{name}: expected an object with role and content, got {_short(turn)}")
-    refused = [key for key in _REFUSED_KEYS if turn.get(key)]
-    if refused:
+    message: dict[str, Any] = {"role": _text(turn.get("role"), f"{name}: role")}
+    calls = _calls(turn.get("tool_calls"), f"{name}: tool_calls")
+    # Templates join content to text, and would write a missing one as None.
+    content = "" if calls and turn.get("content") is None else turn.get("content")
+    message["content"] = _text(content, f"{name}: content")
+    # The extra keys of templates exist only where they have a value: Llama's asks whether they do.
+    thoughts = [_text(turn[key], f"{name}: {key}") for key in _REASONING if turn.get(key)]
+    if len(set(thoughts)) > 1:
+        raise BadRowError(f"{name}: expected one of {', '.join(_REASONING)}, got several")
+    extra: dict[str, Any] = {"reasoning_content": thoughts[0]} if thoughts else {}
+    extra |= {"tool_calls": calls} if calls else {}
+    if extra and message["role"] != "assistant":
         raise BadRowError(
-            f"{name}: {refused[0]!r} is not supported; write it into the content the way the "
-            "model's chat template would"
+            f"{name}: expected {next(iter(extra))} in the assistant's messages only, got the role "
+            f"{message['role']!r}"
         )
-    role = _text(turn.get("role"), f"{name}: role")
-    return {"role": role, "content": _text(turn.get("content"), f"{name}: content")}
+    if message["role"] == "tool":
+        extra = {
+            key: _text(turn[key], f"{name}: {key}")
+            for key in ("name", "tool_call_id")
+            if turn.get(key) is not None
+        }
+    return message | extra
+
+
+def _calls(value: Any, name: str) -> list[dict[str, Any]]:
+    """The calls of a message, each with its arguments as an object."""
+    calls = []
+    for call in _objects(value, name):
+        function = call.get("function", call)
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise BadRowError(f"{name}: expected calls with the name of a function, got {call}")
+        arguments = _json(function.get("arguments") or {}, f"{name}: arguments")
+        if not isinstance(arguments, Mapping):
+            raise BadRowError(f"{name}: arguments: expected an object, got {_short(arguments)}")
+        own = {"id": call["id"]} if call.get("id") is not None else {}
+        function = {"name": function["name"], "arguments": arguments}
+        calls.append({"type": "function", **own, "function": function})
+    return calls
+
+
+def _tools(value: Any) -> tuple[dict[str, Any], ...]:
+    return tuple(
+        {"type": "function", "function": tool}
+        if "function" not in tool and "name" in tool
+        else tool
+        for tool in _objects(value, "tools")
+    )
+
+
+def _objects(value: Any, name: str) -> Iterator[dict[str, Any]]:
+    """The objects of a list; it, or they, may be JSON text, and one may stand for a list of it."""
+    value = _json(value or [], name) or []
+    for item in value if isinstance(value, list | tuple) else [value]:
+        item = _json(item, name)
+        if not isinstance(item, dict):
+            raise BadRowError(f"{name}: expected a list of objects, got {_short(item)}")
+        yield item
+
+
+def _json(value: Any, name: str) -> Any:
+    """A value of JSON's types, read from text if it is text."""
+    try:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        return json.loads(_text(text, name) or "null")
+    except (TypeError, ValueError, RecursionError) as error:
+        if isinstance(error, BadRowError):
+            raise
+        raise BadRowError(f"{name}: expected JSON, got {_short(value)}: {error}") from error
 
 
 def _text(value: Any, name: str) -> str:
@@ -171,14 +253,18 @@ def _text(value: Any, name: str) -> str:
     return value
 
 
-def _weight(value: Any, name: str) -> float:
+def _weight(holder: Mapping[str, Any], name: str = "") -> float:
+    """The weight of a row or a message; 0 if its `train` is false."""
+    train, value = holder.get("train"), holder.get("weight")
+    if train not in (None, False, True):
+        raise BadRowError(f"{name}train: expected true or false, got {_short(train)}")
     if value is None:
-        return 1.0
+        value = 1.0
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise BadRowError(f"{name}: expected a number, got {_short(value)}")
+        raise BadRowError(f"{name}weight: expected a number, got {_short(value)}")
     if not math.isfinite(value) or value < 0:
-        raise BadRowError(f"{name}: expected a finite number of at least 0, got {value}")
-    return float(value)
+        raise BadRowError(f"{name}weight: expected a finite number of at least 0, got {value}")
+    return 0.0 if train is not None and not train else float(value)
 
 
 def _short(value: Any) -> str:

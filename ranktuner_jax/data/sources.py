@@ -317,7 +317,9 @@ def _unpack(row: dict[str, Any]) -> dict[str, Any]:
     if set(fields) == {"messages", "weight", "row"}:  # Written by `write_dataset`.
         return {
             **json.loads(fields["row"]),
-            "messages": fields["messages"],
+            "messages": [
+                {**json.loads(turn.pop("more", "{}")), **turn} for turn in fields["messages"]
+            ],
             "weight": fields["weight"],
         }
     return fields

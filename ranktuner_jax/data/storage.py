@@ -17,6 +17,7 @@ from ranktuner_jax.files import whole_folder
 __all__ = ["to_record", "write_dataset"]
 
 _VERSION = "1.0.0"
+_COLUMNS = ("role", "content", "weight")
 
 
 class _Conversations(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
@@ -42,7 +43,8 @@ class _Conversations(tfds.core.GeneratorBasedBuilder, skip_registration=True):  
             features=tfds.features.FeaturesDict(
                 {
                     "messages": tfds.features.Sequence(
-                        {"role": text, "content": text, "weight": weight}
+                        # Tool calls and the like, as JSON, are in `more`.
+                        {"role": text, "content": text, "weight": weight, "more": text}
                     ),
                     "weight": weight,
                     "row": text,
@@ -54,12 +56,20 @@ class _Conversations(tfds.core.GeneratorBasedBuilder, skip_registration=True):  
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
         del dl_manager  # nothing is downloaded
         return {
-            split: ((i, dict(record)) for i, record in enumerate(records))
+            split: (
+                (i, {**record, "messages": [_stored(turn) for turn in record["messages"]]})
+                for i, record in enumerate(records)
+            )
             for split, records in self._splits.items()
         }
 
     def _generate_examples(self) -> None:  # the generators come with the splits
         raise NotImplementedError
+
+
+def _stored(turn: Mapping[str, Any]) -> dict[str, Any]:
+    more = {key: value for key, value in turn.items() if key not in _COLUMNS}
+    return {**{key: turn[key] for key in _COLUMNS}, "more": json.dumps(more)}
 
 
 def write_dataset(
@@ -72,8 +82,8 @@ def write_dataset(
 
     Args:
       folder: The data set's folder; if it exists already, it is kept.
-      splits: Split name to records with `messages` (role, content, weight),
-        `weight` and `row` (JSON text).
+      splits: Split name to records with `messages` (role, content, weight, and anything else
+        that is JSON), `weight` and `row` (JSON text).
       name: The data set's TFDS name, in snake_case.
 
     Returns:
@@ -108,14 +118,7 @@ def to_record(
       >>> to_record([{"role": "user", "content": "hi"}], {"id": 7})["row"]
       '{"id": 7}'
     """
-    turns = [
-        {
-            "role": turn["role"],
-            "content": turn["content"],
-            "weight": turn.get("weight", 1.0),
-        }
-        for turn in messages
-    ]
+    turns = [{**turn, "weight": turn.get("weight", 1.0)} for turn in messages]
     return {
         "messages": turns,
         "weight": weight,

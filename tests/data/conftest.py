@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,12 @@ LLAMA_SPECIAL = [
     "<|finetune_right_pad_id|>",
 ]
 MISTRAL_SPECIAL = ["<unk>", "<s>", "</s>"]
+GEMMA_SPECIAL = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
+# Whole tokens of Qwen3 that are text all the same.
+QWEN3_ADDED = [
+    f"<{slash}{name}>" for name in ("think", "tool_call", "tool_response") for slash in ("", "/")
+]
+TEMPLATES = pathlib.Path(__file__).parent / "templates"
 
 # A default system prompt before a conversation that has none.
 SMOLLM2 = (
@@ -154,7 +160,9 @@ PIECES = (
 )
 
 
-def _byte_level(special: list[str], pieces: str | None = None) -> tokenizers.Tokenizer:
+def _byte_level(
+    special: list[str], pieces: str | None = None, added: Sequence[str] = ()
+) -> tokenizers.Tokenizer:
     """As GPT-2's and SmolLM2's, or with another expression for splitting text."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -173,6 +181,7 @@ def _byte_level(special: list[str], pieces: str | None = None) -> tokenizers.Tok
         show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.add_tokens([*added])
     return tokenizer
 
 
@@ -207,6 +216,8 @@ def backends() -> dict[str, str]:
         "qwen": _byte_level(CHATML_SPECIAL, PIECES).to_str(),
         "llama": _byte_level(LLAMA_SPECIAL, PIECES).to_str(),
         "mistral": _metaspace(MISTRAL_SPECIAL).to_str(),
+        "qwen3": _byte_level(CHATML_SPECIAL, PIECES, QWEN3_ADDED).to_str(),
+        "gemma": _byte_level(GEMMA_SPECIAL, PIECES).to_str(),
     }
 
 
@@ -221,6 +232,8 @@ def make_tokenizer(backends: dict[str, str]) -> MakeTokenizer:
         "qwen": {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
         "llama": {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
         "mistral": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+        "qwen3": {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
+        "gemma": {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"},
     }
 
     def make(family: str, template: str | None) -> PreTrainedTokenizerFast:
@@ -231,6 +244,21 @@ def make_tokenizer(backends: dict[str, str]) -> MakeTokenizer:
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def shipped(make_tokenizer: MakeTokenizer) -> Callable[[str], PreTrainedTokenizerFast]:
+    """Makes a tokenizer with the chat template that a model ships with."""
+    families = {
+        "smollm2": "smollm2",
+        "qwen2_5": "qwen3",
+        "qwen3": "qwen3",
+        "llama3_1": "llama",
+        "gemma3": "gemma",
+    }
+    return lambda name: make_tokenizer(
+        families[name], (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+    )
 
 
 @pytest.fixture(scope="session")
@@ -300,6 +328,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             "marked_without_end": ("qwen", MARKED_WITHOUT_END),
         }
         metafunc.parametrize("family_and_template", templates.values(), ids=templates)
+
+    if "shipped_model" in metafunc.fixturenames:
+        metafunc.parametrize(
+            "shipped_model", sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
+        )
 
 
 # Templates by name, for tests of one of them.

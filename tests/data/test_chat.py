@@ -289,6 +289,14 @@ def test_a_template_without_an_end_of_turn_token_is_refused(
     assert "writes no end-of-turn token" in refusal(make_tokenizer("qwen", template), ONE_TURN)
 
 
+def test_a_template_that_leaves_an_answer_out_is_refused(make_tokenizer: MakeTokenizer) -> None:
+    template = (
+        "{% for m in messages %}{% if m['role'] != 'assistant' %}"
+        "{{ '<|im_start|>' + m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    )
+    assert "writes no end-of-turn token" in refusal(make_tokenizer("qwen", template), ONE_TURN)
+
+
 def test_a_template_that_marks_fewer_turns_than_there_are_is_refused(
     make_tokenizer: MakeTokenizer, templates: dict[str, str]
 ) -> None:

@@ -83,6 +83,39 @@ def test_prepare_keeps_weights(write_jsonl: Callable[..., str], tmp_path: pathli
     assert record.fields["weight"] == 1.0
 
 
+CALLS: dict[str, Any] = {
+    "messages": [
+        {"role": "user", "content": "12 + 30?"},
+        {
+            "role": "assistant",
+            "content": None,
+            "reasoning": "I can add.",
+            "tool_calls": [{"name": "add", "arguments": '{"a": 12, "b": 30}'}],
+            "train": False,
+        },
+        {"role": "tool", "content": "42", "tool_call_id": "c1"},
+        {"role": "assistant", "content": "It is 42.", "thinking": "Done."},
+        {"role": "user", "content": "Half of 48?"},
+        {"role": "assistant", "content": "24.", "tool_calls": []},
+    ],
+    "tools": '[{"name": "add", "parameters": {}}]',
+    "train": True,
+}
+
+
+def test_prepare_keeps_tools_calls_and_reasoning(
+    write_jsonl: Callable[..., str], tmp_path: pathlib.Path, shipped: Callable[[str], Any]
+) -> None:
+    source = write_jsonl(CALLS, *GSM8K)
+    call(prepare, f"--config.data.source={source}", f"--output={tmp_path / 'out'}")
+    direct, prepared = (
+        load_rows(DataConfig(str(path), row_length=1024, packing=False), shipped("qwen3"))
+        for path in (source, tmp_path / "out")
+    )
+    assert len(direct) == len(prepared) == 4
+    assert prepared.fingerprint == direct.fingerprint
+
+
 def test_prepare_counts_what_it_leaves_out(
     write_jsonl: Callable[..., str], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -184,6 +217,34 @@ def test_inspect_marks_what_is_supervised(
     assert counts["bad and skipped"] == "1"
     assert counts["message 2: the assistant's answer is empty"] == "1"
     assert "█" in printed
+
+
+def test_inspect_shows_tools_and_marks_reasoning_and_calls(
+    write_jsonl: Callable[..., str],
+    tmp_path: pathlib.Path,
+    shipped: Callable[[str], Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shipped("qwen3").save_pretrained(tmp_path / "qwen3")
+    # A later question would hide what was thought before it.
+    turns: list[dict[str, Any]] = [{**turn, "train": True} for turn in CALLS["messages"][:4]]
+    code = call(
+        inspect,
+        f"--config.data.source={write_jsonl({**CALLS, 'messages': turns})}",
+        f"--config.model={tmp_path / 'qwen3'}",
+        "--config.data.row_length=2048",
+        "--config.data.holdout=0",
+        "--config.eval.split=test",
+    )
+    assert code == 0
+    printed = capsys.readouterr().out
+    assert '<tools>\n{"type": "function", "function": {"name": "add", "parameters": {}}}' in printed
+    assert (
+        "assistant\n⟦<think>\nI can add.\n</think>\n\n<tool_call>\n"
+        '{"name": "add", "arguments": {"a": 12, "b": 30}}\n</tool_call><|im_end|>⟧\n'
+        "<|im_start|>user\n<tool_response>\n42\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n⟦<think>\nDone.\n</think>\n\nIt is 42.<|im_end|>⟧"
+    ) in printed
 
 
 def test_inspect_colours_what_is_supervised(

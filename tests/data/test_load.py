@@ -124,6 +124,50 @@ def test_ten_megabytes_in_one_row_are_one_long_conversation(
         load_rows(DataConfig(path, row_length=256), tokenizer)
 
 
+class Recorder:
+    """A tokenizer's backend that keeps the texts it is given."""
+
+    def __init__(self, backend: Any) -> None:
+        self.backend = backend
+        self.longest = 0
+
+    def encode_batch(self, texts: list[str], **options: Any) -> Any:
+        self.longest = max([self.longest, *map(len, texts)])
+        return self.backend.encode_batch(texts, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.backend, name)
+
+
+@pytest.mark.parametrize("too_long", ["error", "drop", "truncate"])
+def test_a_row_that_cannot_fit_is_not_tokenized_to_find_out(
+    write_jsonl: WriteJsonl,
+    make_tokenizer: Callable[..., Any],
+    templates: dict[str, str],
+    sums: Sums,
+    too_long: str,
+) -> None:
+    tokenizer = make_tokenizer("smollm2", templates["smollm2"])
+    tokenizer._tokenizer = recorder = Recorder(tokenizer._tokenizer)
+    huge = {"prompt": "Copy.", "completion": "what " * 20_000}
+    huge_prompt = {"prompt": "what " * 20_000, "completion": "Copied."}
+    path = write_jsonl(*sums(3), huge, huge_prompt, *sums(1))
+    config = DataConfig(path, row_length=256, too_long=too_long)
+    if too_long == "error":
+        with pytest.raises(
+            UserError, match=r":4: .* takes at least [\d,]+ tokens, a row holds 256"
+        ):
+            load_rows(config, tokenizer)
+        assert recorder.longest < 1000
+        return
+    summary = load_rows(config, tokenizer).summary
+    if too_long == "drop":
+        assert (summary.kept, summary.dropped, summary.truncated) == (4, 2, 0)
+        assert recorder.longest < 1000
+    else:  # What is kept of it has to be tokenized.
+        assert (summary.kept, summary.dropped, summary.truncated) == (5, 1, 1)
+
+
 def test_a_source_with_nothing_to_learn_is_the_users_mistake(
     write_jsonl: WriteJsonl, tokenizer: Any
 ) -> None:

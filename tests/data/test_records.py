@@ -1,5 +1,6 @@
 """Rows of every form become conversations, or are refused with a reason."""
 
+import json
 from typing import Any
 
 import pytest
@@ -45,6 +46,66 @@ def test_the_weights_of_row_and_turn_multiply() -> None:
     assert to_conversation({"messages": turns, "weight": 3}).weights == (0.0, 1.5, 0.0, 3.0)
 
 
+def test_train_flags_of_row_and_turn_leave_turns_unsupervised() -> None:
+    turns = [TURNS[0], {**TURNS[1], "train": False, "weight": 2}, TURNS[0], TURNS[1]]
+    kept = {**TURNS[1], "train": True, "weight": 2}
+    row = {"messages": [*turns, TURNS[0], kept], "train": True}
+    assert to_conversation(row).weights == (0.0, 0.0, 0.0, 1.0, 0.0, 2.0)
+    for flag in (False, 0):
+        with pytest.raises(BadRowError, match="every assistant turn has weight 0"):
+            to_conversation({**row, "train": flag})
+    sharegpt = [
+        {"from": "human", "value": "2 + 2"},
+        {"from": "gpt", "value": "5", "train": False},
+        {"from": "human", "value": "2 + 2"},
+        {"from": "gpt", "value": "4", "weight": 0.5},
+    ]
+    assert to_conversation({"conversations": sharegpt}).weights == (0.0, 0.0, 0.0, 0.5)
+
+
+ADD = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 2}}}
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        [ADD],
+        [ADD["function"]],
+        [{**ADD, "function": {"name": "add", "arguments": '{"a": 2, "b": 2}'}}],
+        json.dumps([ADD]),
+        json.dumps(ADD["function"]),
+        [json.dumps(ADD)],
+    ],
+)
+def test_calls_of_every_form_are_one_form(calls: Any) -> None:
+    turn = {"role": "assistant", "content": None, "tool_calls": calls, "reasoning": None}
+    rows = [
+        {"messages": [TURNS[0], turn]},
+        {"conversations": [TURNS[0], {"from": "function_call", "value": calls}]},
+    ]
+    for row in rows:
+        expected = {"role": "assistant", "content": "", "tool_calls": [ADD]}
+        assert to_conversation(row).messages[1] == expected
+
+
+def test_a_tools_answer_keeps_what_it_answers() -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"id": "c1", **ADD}]}
+    answer = {"role": "tool", "content": "4", "name": "add", "tool_call_id": "c1"}
+    row = {"messages": [TURNS[0], call, {**answer, "extra": 1}, {**TURNS[1], "name": "me"}]}
+    assert list(to_conversation(row).messages) == [TURNS[0], call, answer, TURNS[1]]
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_tools_are_given_as_functions(as_text: bool) -> None:
+    wrapped = {"type": "function", "function": {"name": "add"}}
+    tools: Any = [{"name": "add"}, wrapped, {"type": "web_search"}]
+    row = {"messages": TURNS, "tools": json.dumps(tools) if as_text else tools}
+    assert to_conversation(row).tools == (wrapped, wrapped, {"type": "web_search"})
+    nothing: tuple[Any, ...] = (None, [], "", "[]", "null")
+    for empty in nothing:
+        assert to_conversation({"messages": TURNS, "tools": empty}).tools == ()
+
+
 def test_a_system_prompt_is_added_where_there_is_none() -> None:
     added = to_conversation({"messages": TURNS}, system="Think.")
     assert added.messages[0] == {"role": "system", "content": "Think."}
@@ -78,7 +139,57 @@ def test_calculator_marks_go_and_other_brackets_stay() -> None:
         ({"messages": TURNS, "weight": float("nan")}, "weight: expected a finite number"),
         ({"messages": TURNS, "weight": "1"}, "weight: expected a number, got str '1'"),
         ({"messages": TURNS, "weight": True}, "weight: expected a number, got bool True"),
-        ({"messages": [{**TURNS[1], "tool_calls": [1]}]}, "'tool_calls' is not supported"),
+        ({"messages": TURNS, "train": "yes"}, "train: expected true or false, got str 'yes'"),
+        (
+            {"messages": [TURNS[0], {**TURNS[1], "train": "no"}]},
+            "message 2: train: expected true or false, got str 'no'",
+        ),
+        (
+            {"messages": [TURNS[0], {**TURNS[1], "train": False}]},
+            "every assistant turn has weight 0, so",
+        ),
+        (
+            {"messages": [{**TURNS[1], "tool_calls": [1]}]},
+            "message 1: tool_calls: expected a list of objects, got int 1",
+        ),
+        (
+            {"messages": [{**TURNS[1], "tool_calls": "{"}]},
+            "message 1: tool_calls: expected JSON, got str '{': Expecting property name",
+        ),
+        (
+            {"messages": [{**TURNS[1], "tool_calls": [{"id": "a"}]}]},
+            "message 1: tool_calls: expected calls with the name of a function, got {'id': 'a'}",
+        ),
+        (
+            {"messages": [{**TURNS[1], "tool_calls": [{"name": "a", "arguments": "[2]"}]}]},
+            r"message 1: tool_calls: arguments: expected an object, got list \[2\]",
+        ),
+        (
+            {"messages": [{**TURNS[1], "tool_calls": [{"name": "a", "arguments": {1, 2}}]}]},
+            "message 1: tool_calls: expected JSON, got list .*not JSON serializable",
+        ),
+        (
+            {"messages": [{**TURNS[0], "tool_calls": [{"name": "a"}]}]},
+            "message 1: expected tool_calls in the assistant's messages only, got the role 'user'",
+        ),
+        (
+            {"messages": [{**TURNS[1], "thinking": "a", "reasoning": "b"}]},
+            "message 1: expected one of reasoning_content, reasoning, thinking, got several",
+        ),
+        (
+            {"messages": [TURNS[0], {**TURNS[1], "content": "", "thinking": "a"}]},
+            "message 2: the assistant's answer is empty",
+        ),
+        ({"messages": TURNS, "tools": ["add"]}, "tools: expected JSON, got str 'add'"),
+        ({"messages": TURNS, "tools": [["add"]]}, "tools: expected a list of objects, got list"),
+        (
+            {"messages": [{**TURNS[1], "tool_calls": [{"name": "\ud800"}]}]},
+            r"message 1: tool_calls: .*lone surrogate '\\ud800'",
+        ),
+        (
+            {"conversations": [{"from": "function_call", "value": "add(2, 2)"}]},
+            r"message 1: tool_calls: expected JSON, got str 'add\(2, 2\)'",
+        ),
         ({"prompt": "2 + 2", "completion": 4}, "completion: expected text, got int 4"),
         ({"prompt": "2 + 2", "completion": ""}, "message 2: the assistant's answer is empty"),
         ({"prompt": "\ud800", "completion": "4"}, r"prompt: character 0 .*surrogate '\\ud800'"),

@@ -38,6 +38,7 @@ COMMANDS = {
     "bench model": ("ranktuner_jax.bench.model", "measure time and memory of the model"),
     "bench train": ("ranktuner_jax.bench.train", "measure time and memory of a training step"),
     "bench data": ("ranktuner_jax.bench.data", "measure the speed of the input pipeline"),
+    "bench sample": ("ranktuner_jax.bench.sample", "measure the speed of the sampler"),
 }
 
 USER_ERROR = 2

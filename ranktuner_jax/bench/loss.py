@@ -22,7 +22,8 @@ from ranktuner_jax.losses import chunk
 from ranktuner_jax.losses.inputs import Operands
 from ranktuner_jax.losses.projection import Projection
 
-SHAPES = ("2048,576,49152", "1024,1024,151936")
+# SmolLM2-135M, Qwen3-0.6B, Gemma 3 270M.
+SHAPES = ("2048,576,49152", "1024,1024,151936", "512,640,262144")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shape",
         action="append",
         metavar="N,D,V",
-        help=f"tokens, hidden size, vocabulary size; repeatable [{' and '.join(SHAPES)}]",
+        help=f"tokens, hidden size, vocabulary size; repeatable [{' '.join(SHAPES)}]",
     )
     parser.add_argument(
         "--supervised",

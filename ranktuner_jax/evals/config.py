@@ -20,10 +20,12 @@ class EvalConfig:
       rows: Maximum number of rows of the split to score for the negative log-likelihood.
       batch_size: Rows scored together; raised to at least one per device.
       task: A name in `TASKS`, whose scorer grades greedy completions: chain_sum, gsm_symbolic,
-        exact (equal to the row's `answer`), auto (compared with `answer`, in rows that have one)
-        or one that you registered; empty for none.
+        exact (equal to the row's `answer`), number, math, choice or python (the graders of
+        `ranktuner eval --tasks`), auto (compared with `answer`, in rows that have one) or one that
+        you registered; empty for none.
       examples: Maximum number of questions of the split to answer.
-      prompts_per_batch: Questions answered together; raised to at least one per device.
+      prompts_per_batch: The most questions to answer together; raised to at least one per device.
+      cache_gb: Memory for their keys and values on each device, in GB, which may hold fewer.
       max_new_tokens: Maximum length of a completion, in tokens.
       previews: Completions kept for people to read.
     """
@@ -35,6 +37,7 @@ class EvalConfig:
     task: str = ""
     examples: int = 256
     prompts_per_batch: int = 64
+    cache_gb: float = 1.0
     max_new_tokens: int = 32
     previews: int = 3
 
@@ -46,6 +49,8 @@ class EvalConfig:
         for name in ("rows", "batch_size", "examples", "prompts_per_batch", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"eval.{name}: expected at least 1, got {getattr(self, name)}")
+        if not self.cache_gb > 0:
+            raise UserError(f"eval.cache_gb: expected more than 0, got {self.cache_gb}")
         for name in ("every_steps", "previews"):
             if getattr(self, name) < 0:
                 raise UserError(f"eval.{name}: expected at least 0, got {getattr(self, name)}")

@@ -113,7 +113,8 @@ def evaluate(
             max_new_tokens=config.max_new_tokens,
             stop_ids=stop_ids(tokenizer),
             batch_size=config.prompts_per_batch,
-            progress=lambda answered: report(num_rows + answered),
+            cache_gb=config.cache_gb,
+            progress=lambda written: report(num_rows + written.done),
         )
         for example, completion in zip(examples, completions, strict=True):
             text = _decode(tokenizer, completion.tokens)

@@ -1,4 +1,4 @@
-"""One decoder for Llama, Mistral, Qwen2 and Qwen3, from and to Hugging Face folders."""
+"""One decoder for the models of several families, from and to Hugging Face folders."""
 
 from ranktuner_jax.models.config import DecoderConfig
 from ranktuner_jax.models.decoder import REMAT_POLICIES, Cache, Decoder

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from ranktuner_jax.models import partition
 
@@ -73,57 +74,94 @@ def attend(
     query_positions: TokenPositions,
     key_positions: TokenPositions,
     *,
-    window: int | None,
+    windows: Sequence[int | None] = (None,),
+    choice: Int[Array, ""] | None = None,
+    scale: float | None = None,
     implementation: str,
     mesh: Mesh | None = None,
 ) -> Float[Array, "B T H d"]:
-    """Each query sees the keys of its own segment, at most `window` positions back.
+    """Each query sees the keys of its own segment, fewer positions back than the window.
 
     `splash` needs queries and keys to be the same tokens, in the order of their
     positions within each segment; `xla` and `cudnn` go by the positions given.
 
+    Args:
+      q: Queries.
+      k: Keys; a group of `H / K` heads shares one.
+      v: Values.
+      query_positions: Of the queries.
+      key_positions: Of keys and values.
+      windows: The windows that there may be, `None` for one without end.
+      choice: Which of them it is; the first if left out.
+      scale: What scores are multiplied by; `d**-0.5` if left out.
+      implementation: One of `IMPLEMENTATIONS` but `auto`.
+      mesh: Where the arrays lie, if they are sharded.
+
+    Returns:
+      The mean of the values that each query sees, in the dtype of `v`.
+
     Example:
       >>> x = jnp.ones((1, 3, 1, 4))
       >>> tokens = TokenPositions(jnp.array([[0, 1, 0]]), jnp.array([[1, 1, 2]]))
-      >>> attend(x, x, x, tokens, tokens, window=None, implementation="xla").shape
+      >>> attend(x, x, x, tokens, tokens, windows=(2,), implementation="xla").shape
       (1, 3, 1, 4)
     """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     if implementation == "splash":
-        return _splash(q, k, v, query_positions.segment_ids, window, mesh)
-    mask = _mask(query_positions, key_positions, window)
+        segments = query_positions.segment_ids
+        return _splash(q, k, v, segments, windows, choice, scale, mesh)
+    mask = _mask(query_positions, key_positions, windows, choice)
     if implementation == "cudnn":
-        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
-    return _xla(q, k, v, mask)
+        return jax.nn.dot_product_attention(
+            q, k, v, mask=mask[:, None], scale=scale, implementation="cudnn"
+        )
+    return _xla(q, k, v, mask, scale)
 
 
-def _mask(queries: TokenPositions, keys: TokenPositions, window: int | None) -> Array:
+def _mask(
+    queries: TokenPositions,
+    keys: TokenPositions,
+    windows: Sequence[int | None],
+    choice: Array | None,
+) -> Array:
     distance = queries.positions[:, :, None] - keys.positions[:, None, :]
     mask = (queries.segment_ids[:, :, None] == keys.segment_ids[:, None, :]) & (distance >= 0)
-    return mask if window is None else mask & (distance < window)
+    if choice is not None:
+        endless = jnp.iinfo(distance.dtype).max
+        sizes = jnp.array([window or endless for window in windows], distance.dtype)
+        return mask & (distance < sizes[choice])
+    return mask if windows[0] is None else mask & (distance < windows[0])
 
 
-def _xla(q: Array, k: Array, v: Array, mask: Array) -> Array:
+def _xla(q: Array, k: Array, v: Array, mask: Array, scale: float) -> Array:
     batch, length, heads, dim = q.shape
     grouped = q.reshape(batch, length, k.shape[2], heads // k.shape[2], dim)
     # Axes in the order that the matmul produces, which saves a transpose of the scores.
     scores = jnp.einsum("btkgd,bskd->bktgs", grouped, k, preferred_element_type=jnp.float32)
     # Finite, for the rows of an empty cache that see nothing.
     lowest = jnp.finfo(jnp.float32).min
-    scores = jnp.where(mask[:, None, :, None, :], scores * dim**-0.5, lowest)
+    scores = jnp.where(mask[:, None, :, None, :], scores * scale, lowest)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bktgs,bskd->bktgd", weights, v).transpose(0, 2, 1, 3, 4).reshape(q.shape)
 
 
 def _splash(
-    q: Array, k: Array, v: Array, segment_ids: Array, window: int | None, mesh: Mesh | None
+    q: Array,
+    k: Array,
+    v: Array,
+    segment_ids: Array,
+    windows: Sequence[int | None],
+    choice: Array | None,
+    scale: float,
+    mesh: Mesh | None,
 ) -> Array:
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as kernels,
     )
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    def local(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
-        length, heads = q.shape[1:3]
+    def windowed(window: int | None, q: Array, k: Array, v: Array, ids: Any) -> Array:
+        heads, length = q.shape[1:3]
         shape = (length, length)
         # The largest block that divides the rows and fits in VMEM.
         block = next(b for b in (512, 256, _SPLASH_BLOCK) if length % b == 0)
@@ -139,21 +177,28 @@ def _splash(
             q_seq_shards=1,
             block_sizes=kernels.BlockSizes(**blocks),
         )
+        return jax.vmap(kernel)(q, k, v, ids)
+
+    def local(q: Array, k: Array, v: Array, segment_ids: Array, choice: Array | None) -> Array:
         ids = kernels.SegmentIds(q=segment_ids, kv=segment_ids)
-        q, k, v = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
-        return jax.vmap(kernel)(q, k, v, ids).swapaxes(1, 2)
+        q, k, v = (x.swapaxes(1, 2) for x in (q * scale, k, v))
+        # A kernel is compiled for its window.
+        branches = [functools.partial(windowed, window) for window in windows]
+        if choice is None:
+            return branches[0](q, k, v, ids).swapaxes(1, 2)
+        return jax.lax.switch(choice, branches, q, k, v, ids).swapaxes(1, 2)
 
     if mesh is None:
-        return local(q, k, v, segment_ids)
+        return local(q, k, v, segment_ids, choice)
     # A Pallas call is opaque to the partitioner, so the mesh is divided by hand; heads only
     # where queries and keys divide alike, for a group of heads shares its key.
     spec = functools.partial(partition.spec, mesh)
     kv_spec = spec(("batch", "time", "kv_heads", "head_dim"), k.shape)
-    q_spec = kv_spec
+    q_spec, whole = kv_spec, PartitionSpec()
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(q_spec, kv_spec, kv_spec, spec(("batch", "time"), segment_ids.shape)),
+        in_specs=(q_spec, kv_spec, kv_spec, spec(("batch", "time"), segment_ids.shape), whole),
         out_specs=q_spec,
         check_vma=False,
-    )(q, k, v, segment_ids)
+    )(q, k, v, segment_ids, choice)

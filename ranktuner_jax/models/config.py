@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import jax
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 __all__ = ["ACTIVATIONS", "DecoderConfig"]
 
 # Functions that gate the feed-forward network, by Hugging Face's names.
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"silu": jax.nn.silu}
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +33,20 @@ class DecoderConfig:
     Attributes:
       family: Hugging Face's `model_type`, one of `FAMILIES`.
       vocab_size: Rows of the vocabulary, without padding.
+      rope: Rotary embedding of the layers for which `ropes` names no other.
+      ropes: Rotary embedding of each layer, `None` for a layer without one; empty if all
+        layers have `rope`.
       windows: Attention window of each layer in tokens, `None` for a layer without one;
         empty if no layer has one.
       activation: What gates the feed-forward network, one of `ACTIVATIONS`.
+      scale_embeddings: Whether embeddings are multiplied by the root of `hidden_size`.
+      query_scalar: Attention scores are divided by its root; `head_dim` if left out.
+      pre_norm: Whether the inputs of attention and feed-forward network are normalised.
+      post_norm: Whether their outputs are, before they are added to the residual.
+      qk_norm: Whether each head's queries and keys are normalised.
+      qk_norm_joint: Whether they are, over all heads at once.
+      norm_offset: What norms add to their parameters to scale by.
+      norm_rounds_last: Whether norms round to the compute dtype after that scaling, not before.
       vocab_multiple: The embedding's rows are padded to a multiple of this many, so that
         they divide over the `tensor` axis of a mesh. Padded rows are zero and never exported.
 
@@ -52,6 +66,7 @@ class DecoderConfig:
     head_dim: int = 64
     norm_eps: float = 1e-5
     rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
+    ropes: tuple[RopeConfig | None, ...] = ()
     max_positions: int = 8192
     windows: tuple[int | None, ...] = ()
     tie_embeddings: bool = True
@@ -59,7 +74,14 @@ class DecoderConfig:
     output_bias: bool = False
     mlp_bias: bool = False
     activation: str = "silu"
+    scale_embeddings: bool = False
+    query_scalar: float | None = None
+    pre_norm: bool = True
+    post_norm: bool = False
     qk_norm: bool = False
+    qk_norm_joint: bool = False
+    norm_offset: float = 0.0
+    norm_rounds_last: bool = False
     initializer_range: float = 0.02
     vocab_multiple: int = 1
     bos_token_id: int | None = None
@@ -78,33 +100,31 @@ class DecoderConfig:
                 f"num_heads must be a multiple of num_kv_heads, "
                 f"got {self.num_heads} and {self.num_kv_heads}"
             )
-        if self.windows and len(self.windows) != self.num_layers:
-            raise UserError(
-                f"windows must name one for each of {self.num_layers} layers, "
-                f"got {len(self.windows)}"
-            )
+        for name in ("windows", "ropes"):
+            if (given := len(getattr(self, name))) not in (0, self.num_layers):
+                raise UserError(
+                    f"{name} must name one for each of {self.num_layers} layers, got {given}"
+                )
 
     @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding, padding included."""
         return math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple
 
-    def window_runs(self) -> Iterator[tuple[int, int, int | None]]:
-        """Runs of equal layers as `(start, stop, window)`, each of which is one scan."""
-        windows = self.windows or (None,) * self.num_layers
-        start = 0
-        for window, run in itertools.groupby(windows):
-            stop = start + len(list(run))
-            yield start, stop, window
-            start = stop
+    @property
+    def attention_scale(self) -> float:
+        """What attention multiplies scores by."""
+        return (self.query_scalar or self.head_dim) ** -0.5
 
     @classmethod
     def from_hf(cls, hf: PretrainedConfig) -> DecoderConfig:
-        """Reads a transformers config.
+        """Reads a transformers config; of a multimodal model, that of its text model.
 
         Raises:
           UserError: If the architecture, the rope type or the activation is not supported.
         """
+        if any(hf.model_type == family.multimodal for family in FAMILIES.values()):
+            hf = hf.get_text_config()
         return cls(**find_family(hf.model_type).from_hf(hf))
 
     def to_hf(self) -> PretrainedConfig:

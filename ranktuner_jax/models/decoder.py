@@ -1,11 +1,12 @@
-"""The decoder: Llama, Mistral, Qwen2 and Qwen3 as one Flax NNX module."""
+"""The decoder: every family of `models/families` as one Flax NNX module."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+import operator
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["REMAT_POLICIES", "Cache", "Decoder"]
 
+_T = TypeVar("_T")
+
 # What the forward pass stores of a layer; the backward pass computes the rest again.
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
     "none": None,  # everything
@@ -34,16 +37,19 @@ REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
 class Cache(struct.PyTreeNode):
     """Keys and values of the tokens seen so far; shapes never change.
 
+    Each layer has arrays of its own, with the axes in the order that attention's products read,
+    so that a step copies none of them.
+
     Attributes:
-      keys: `[L, B, S, K, d]`.
-      values: `[L, B, S, K, d]`.
+      keys: Of each layer, `[B, K, d, S]`.
+      values: Of each layer, `[B, K, S, d]`.
       positions: `[B, S]`, the position of the token in each slot.
       segment_ids: `[B, S]`, its segment; -1 marks a slot that holds nothing yet.
       index: The slot that the next token goes to, the same for every row.
     """
 
-    keys: Float[Array, "L B S K d"]
-    values: Float[Array, "L B S K d"]
+    keys: tuple[Float[Array, "B K d S"], ...]
+    values: tuple[Float[Array, "B K S d"], ...]
     positions: Int[Array, "B S"]
     segment_ids: Int[Array, "B S"]
     index: Int[Array, ""]
@@ -57,10 +63,31 @@ class Cache(struct.PyTreeNode):
         )
 
 
-def _rms_norm(x: Array, scale: Array, eps: float) -> Array:
+class _Choice(NamedTuple):
+    """Which of the decoder's windows and rotary tables a layer has; `None` if there is but one."""
+
+    window: Array | None
+    rope: Array | None
+
+
+def _distinct(values: Sequence[_T]) -> tuple[tuple[_T, ...], Array | None]:
+    """The distinct values, and the index among them of each; no index if they are all equal."""
+    distinct = tuple(dict.fromkeys(values))
+    if len(distinct) == 1:
+        return distinct, None
+    return distinct, jnp.array([distinct.index(value) for value in values], jnp.int32)
+
+
+def _rms_norm(x: Array, param: Array, config: DecoderConfig) -> Array:
+    """The norm over the axes that `param` has, which are the last ones of `x`."""
+    axes = tuple(range(-param.ndim, 0))
     wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + eps)
-    scale = scale.reshape((1,) * (x.ndim - 1) + scale.shape)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=axes, keepdims=True) + config.norm_eps)
+    scale = param.reshape((1,) * (x.ndim - param.ndim) + param.shape)
+    if config.norm_offset:
+        scale = scale.astype(jnp.float32) + config.norm_offset
+    if config.norm_rounds_last:
+        return (wide * scale.astype(jnp.float32)).astype(x.dtype)
     return wide.astype(x.dtype) * scale.astype(x.dtype)
 
 
@@ -85,8 +112,9 @@ class Layers(nnx.Module):
         return checkpoint_name(y, "projection")
 
     def norm(self, name: str, x: Array) -> Array:
-        """Root-mean-square norm over the last axis, in float32."""
-        return _rms_norm(x, getattr(self, name)[...], self.config.norm_eps)
+        """Root-mean-square norm, in float32; `x` itself if the layers have none of this name."""
+        param = getattr(self, name, None)
+        return x if param is None else _rms_norm(x, param[...], self.config)
 
     def heads(
         self, x: Array, tables: tuple[Array, Array]
@@ -94,16 +122,20 @@ class Layers(nnx.Module):
         """Queries, keys and values, rotated."""
         x = self.norm("attention_norm", x)
         q, k, v = (self.project(name, x) for name in "qkv")
-        if self.config.qk_norm:
-            q, k = self.norm("q_norm", q), self.norm("k_norm", k)
+        for norm in ("norm", "joint_norm"):
+            q, k = self.norm(f"q_{norm}", q), self.norm(f"k_{norm}", k)
         return rope.apply_rotary(q, tables), rope.apply_rotary(k, tables), v
 
-    def mlp(self, x: Array, mesh: Mesh | None) -> Array:
-        """The gated feed-forward network."""
-        x = self.norm("mlp_norm", x)
-        gate, up = (self.project(name, x) for name in ("gate", "up"))
+    def add(
+        self, x: Float[Array, "B T D"], mixed: Float[Array, "B T H d"], mesh: Mesh | None
+    ) -> Float[Array, "B T D"]:
+        """The residual plus attention's output, and plus the gated feed-forward network's."""
+        x = x + self.norm("attention_post_norm", self.project("o", mixed))
+        y = self.norm("mlp_norm", x)
+        gate, up = (self.project(name, y) for name in ("gate", "up"))
         inner = ACTIVATIONS[self.config.activation](gate) * up
-        return self.project("down", partition.constrain(inner, mesh, "batch", "time", "mlp"))
+        inner = partition.constrain(inner, mesh, "batch", "time", "mlp")
+        return x + self.norm("mlp_post_norm", self.project("down", inner))
 
 
 def _init(
@@ -111,7 +143,7 @@ def _init(
 ) -> nnx.Param:
     shape = tuple(axes.values())
     if name.endswith("norm"):
-        return nnx.Param(jnp.ones(shape, dtype))
+        return nnx.Param(jnp.full(shape, 1 - config.norm_offset, dtype))
     if name.endswith("bias"):
         return nnx.Param(jnp.zeros(shape, dtype))
     value = config.initializer_range * jax.random.normal(rngs.params(), shape, dtype)
@@ -125,7 +157,8 @@ class Decoder(nnx.Module):
     """A decoder-only transformer that returns hidden states; the unembedding is separate.
 
     Parameters of the layers are stacked, `[L, ...]`, and scanned over, so that
-    compile time does not grow with depth.
+    compile time does not grow with depth. Layers may differ in window and rotary
+    embedding, which each picks as the scan comes to it.
 
     With a `cache`, rows may be padded on the left or on the right: padding has
     segment id 0, and attention goes by positions and segments, not by slots. All
@@ -212,8 +245,16 @@ class Decoder(nnx.Module):
     def init_cache(self, batch_size: int, max_length: int, dtype: DTypeLike | None = None) -> Cache:
         """An empty cache for `batch_size` rows of up to `max_length` tokens, padding included."""
         c = self.config
-        shape = (c.num_layers, batch_size, max_length, c.num_kv_heads, c.head_dim)
-        keys, values = (jnp.zeros(shape, dtype or self.dtype) for _ in range(2))
+        sizes = {"batch": batch_size, "kv_heads": c.num_kv_heads, "time": max_length}
+        sizes["head_dim"] = c.head_dim
+
+        def empty(*axes: str) -> tuple[Array, ...]:
+            shape = [sizes[axis] for axis in axes]
+            arrays = (jnp.zeros(shape, dtype or self.dtype) for _ in range(c.num_layers))
+            return tuple(partition.constrain(array, self.mesh, *axes) for array in arrays)
+
+        keys = empty("batch", "kv_heads", "head_dim", "time")
+        values = empty("batch", "kv_heads", "time", "head_dim")
         slots = (batch_size, max_length)
         return Cache(
             keys=keys,
@@ -230,6 +271,7 @@ class Decoder(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         *,
         cache: Cache | None = None,
+        layers: Sequence[nnx.State] | None = None,
     ) -> Any:
         """Hidden states after the final norm.
 
@@ -240,6 +282,7 @@ class Decoder(nnx.Module):
           segment_ids: 0 for padding, 1, 2, ... for the conversations of a row, which
             do not see each other. By default a row is one conversation.
           cache: As `init_cache` or the previous call returned it.
+          layers: With a cache, what to use in place of `split_layers()`.
 
         Returns:
           `hidden [B, T, D]` in the compute dtype, or `(hidden, cache)` if a cache was given.
@@ -253,78 +296,103 @@ class Decoder(nnx.Module):
         embed = partition.constrain(self.embed[...], self.mesh, "vocab", "features")
         # The lookup precedes the cast, so that its gradient, a scatter, has the parameter's dtype.
         x = self._constrain(embed.at[tokens].get(mode="clip").astype(self.dtype))
-        tables = rope.rotary_tables(
-            self.config.rope, positions, self.config.head_dim, self.config.max_positions
-        )
+        if self.config.scale_embeddings:
+            x = x * jnp.asarray(self.config.hidden_size**0.5, self.dtype)
         if cache is None:
-            x = self._scan(x, tables, new)
+            x = self._scan(x, new)
         else:
-            x, cache = self._scan_cached(x, tables, new, cache)
-        hidden = _rms_norm(x, self.final_norm[...], self.config.norm_eps)
+            x, cache = self._layers_cached(x, new, cache, layers)
+        hidden = _rms_norm(x, self.final_norm[...], self.config)
         return hidden if cache is None else (hidden, cache)
 
     def _constrain(self, x: Array) -> Array:
         return partition.constrain(x, self.mesh, "batch", "time", "features")
 
-    def _scan(self, x: Array, tables: tuple[Array, Array], new: TokenPositions) -> Array:
+    def _variants(
+        self, new: TokenPositions
+    ) -> tuple[_Choice, Callable[..., tuple[Array, Array]], Callable[..., Array]]:
+        """What layers may differ in: each one's choice, and the functions that it is given to.
+
+        Returns:
+          The choices `[L]`; `tables(choice)`, the rotary tables of the new tokens; and attention
+          with its windows.
+        """
+        c = self.config
+        ropes, rope_choice = _distinct(c.ropes or (c.rope,))
+        windows, window_choice = _distinct(c.windows or (None,))
+        options = [
+            rope.rotary_tables(one, new.positions, c.head_dim, c.max_positions) for one in ropes
+        ]
+        cosines, sines = (jnp.stack(tables) for tables in zip(*options, strict=True))
+
+        def tables(choice: _Choice) -> tuple[Array, Array]:
+            if choice.rope is None:
+                return options[0]
+            return cosines[choice.rope], sines[choice.rope]
+
+        attend = functools.partial(attention.attend, windows=windows, scale=c.attention_scale)
+        return _Choice(window_choice, rope_choice), tables, attend
+
+    def _scan(self, x: Array, new: TokenPositions) -> Array:
         kernel = attention.choose_implementation(
             self.attention, length=x.shape[1], dtype=self.dtype, mesh=self.mesh
         )
         graph, params = nnx.split(self.layers)
+        choices, tables, attend = self._variants(new)
 
-        def layer(x: Array, params: nnx.State, *, window: int | None) -> tuple[Array, None]:
+        def layer(x: Array, xs: tuple[nnx.State, _Choice]) -> tuple[Array, None]:
+            params, choice = xs
             block = nnx.merge(graph, params)
             x = self._constrain(x)
-            q, k, v = block.heads(x, tables)
-            mixed = attention.attend(
-                q, k, v, new, new, window=window, implementation=kernel, mesh=self.mesh
+            q, k, v = block.heads(x, tables(choice))
+            mixed = attend(
+                q, k, v, new, new, choice=choice.window, implementation=kernel, mesh=self.mesh
             )
-            x = x + block.project("o", mixed)
-            return x + block.mlp(x, self.mesh), None
+            return block.add(x, mixed, self.mesh), None
 
-        for start, stop, window in self.config.window_runs():
-            step: Callable[..., Any] = functools.partial(layer, window=window)
-            if (policy := REMAT_POLICIES[self.remat]) is not None:
-                step = jax.checkpoint(step, policy=policy, prevent_cse=False)
-            whole = stop - start == self.config.num_layers
-            run = params if whole else jax.tree.map(lambda p: p[start:stop], params)  # noqa: B023
-            x, _ = jax.lax.scan(step, x, run)
+        step: Callable[..., Any] = layer
+        if (policy := REMAT_POLICIES[self.remat]) is not None:
+            step = jax.checkpoint(step, policy=policy, prevent_cse=False)
+        x, _ = jax.lax.scan(step, x, (params, choices))
         return self._constrain(x)
 
-    def _scan_cached(
-        self, x: Array, tables: tuple[Array, Array], new: TokenPositions, cache: Cache
+    def split_layers(self) -> list[nnx.State]:
+        """The parameters of each layer, for calls with a cache: a loop of them slices none."""
+        stacked = nnx.state(self.layers)
+        return [
+            jax.tree.map(operator.itemgetter(index), stacked)
+            for index in range(self.config.num_layers)
+        ]
+
+    def _layers_cached(
+        self, x: Array, new: TokenPositions, cache: Cache, layers: Sequence[nnx.State] | None
     ) -> tuple[Array, Cache]:
-        graph, params = nnx.split(self.layers)
+        graph, _ = nnx.split(self.layers)
+        choices, tables, attend = self._variants(new)
         cache = cache.add_positions(new)
         cached = TokenPositions(cache.positions, cache.segment_ids)
-
-        # Keys and values are in the carry, to which each layer writes the new tokens only.
-        def layer(carry: tuple, xs: tuple, *, window: int | None) -> tuple[tuple, None]:
-            x, keys, values = carry
-            index, params = xs
+        keys, values = list(cache.keys), list(cache.values)
+        # Not a scan: its slices would copy each layer's parameters and cache, at every token.
+        for i, params in enumerate(layers or self.split_layers()):
             block = nnx.merge(graph, params)
-            q, k, v = block.heads(x, tables)
-            at = (index, 0, cache.index, 0, 0)
-            keys = jax.lax.dynamic_update_slice(keys, k[None].astype(keys.dtype), at)
-            values = jax.lax.dynamic_update_slice(values, v[None].astype(values.dtype), at)
-            mixed = attention.attend(
+            choice = jax.tree.map(operator.itemgetter(i), choices)
+            q, k, v = block.heads(x, tables(choice))
+            k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
+            update = jax.lax.dynamic_update_slice_in_dim
+            keys[i] = update(keys[i], k.astype(keys[i].dtype), cache.index, axis=3)
+            values[i] = update(values[i], v.astype(values[i].dtype), cache.index, axis=2)
+            mixed = attend(
                 q,
-                keys[index].astype(q.dtype),
-                values[index].astype(q.dtype),
+                keys[i].transpose(0, 3, 1, 2).astype(q.dtype),
+                values[i].swapaxes(1, 2).astype(q.dtype),
                 new,
                 cached,
-                window=window,
+                choice=choice.window,
                 implementation="xla",
             )
-            x = x + block.project("o", mixed)
-            return (x + block.mlp(x, self.mesh), keys, values), None
-
-        carry = (x, cache.keys, cache.values)
-        for start, stop, window in self.config.window_runs():
-            xs = (jnp.arange(start, stop), jax.tree.map(lambda p: p[start:stop], params))  # noqa: B023
-            carry, _ = jax.lax.scan(functools.partial(layer, window=window), carry, xs)
-        x, keys, values = carry
-        return x, cache.replace(keys=keys, values=values, index=cache.index + x.shape[1])
+            x = block.add(x, mixed, self.mesh)
+        index = cache.index + x.shape[1]
+        return x, cache.replace(keys=tuple(keys), values=tuple(values), index=index)
 
 
 def _count_positions(segment_ids: Int[Array, "B T"], cache: Cache | None) -> Int[Array, "B T"]:

@@ -32,6 +32,7 @@ RULES: dict[str, tuple[str, ...]] = {
 PARAM_AXES: dict[str, tuple[str, ...]] = {
     "embed": ("vocab", "embed"),
     "attention_norm": ("layers", "features"),
+    "attention_post_norm": ("layers", "features"),
     "q": ("layers", "heads", "head_dim", "embed"),
     "k": ("layers", "kv_heads", "head_dim", "embed"),
     "v": ("layers", "kv_heads", "head_dim", "embed"),
@@ -40,9 +41,12 @@ PARAM_AXES: dict[str, tuple[str, ...]] = {
     "v_bias": ("layers", "kv_heads", "head_dim"),
     "q_norm": ("layers", "head_dim"),
     "k_norm": ("layers", "head_dim"),
+    "q_joint_norm": ("layers", "heads", "head_dim"),
+    "k_joint_norm": ("layers", "kv_heads", "head_dim"),
     "o": ("layers", "embed", "heads", "head_dim"),
     "o_bias": ("layers", "features"),
     "mlp_norm": ("layers", "features"),
+    "mlp_post_norm": ("layers", "features"),
     "gate": ("layers", "mlp", "embed"),
     "up": ("layers", "mlp", "embed"),
     "gate_bias": ("layers", "mlp"),
@@ -76,7 +80,10 @@ def param_axes(config: DecoderConfig) -> dict[str, dict[str, int]]:
         **dict.fromkeys(("q_bias", "k_bias", "v_bias"), config.qkv_bias),
         "o_bias": config.output_bias,
         **dict.fromkeys(("gate_bias", "up_bias", "down_bias"), config.mlp_bias),
+        **dict.fromkeys(("attention_norm", "mlp_norm"), config.pre_norm),
+        **dict.fromkeys(("attention_post_norm", "mlp_post_norm"), config.post_norm),
         **dict.fromkeys(("q_norm", "k_norm"), config.qk_norm),
+        **dict.fromkeys(("q_joint_norm", "k_joint_norm"), config.qk_norm_joint),
     }
     return {
         name: {axis: sizes[axis] for axis in axes}

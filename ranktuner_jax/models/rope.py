@@ -123,7 +123,7 @@ def _yarn(theta: float, dim: int, s: Mapping[str, Any]) -> tuple[np.ndarray, flo
 
 
 def rotary_tables(
-    rope: RopeConfig, positions: Int[Array, "B T"], head_dim: int, max_positions: int
+    rope: RopeConfig | None, positions: Int[Array, "B T"], head_dim: int, max_positions: int
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
     """Cosines and sines (float32) of every position's angles.
 
@@ -131,7 +131,7 @@ def rotary_tables(
     `max_positions`, as transformers does; the other types ignore `max_positions`.
 
     Args:
-      rope: The frequencies' scaling.
+      rope: The frequencies and their scaling; without one, nothing is rotated.
       positions: Position of each token in its conversation.
       head_dim: Size of one head; half as many angles a position.
       max_positions: The model's `max_position_embeddings`.
@@ -144,6 +144,9 @@ def rotary_tables(
       >>> cos.shape, cos[0, 0].tolist()
       ((1, 2, 2), [1.0, 1.0])
     """
+    if rope is None:
+        still = jnp.zeros((*positions.shape, head_dim // 2), jnp.float32)
+        return still + 1, still
     s, scaling = dict(rope.settings), 1.0
     plain = _inverse_frequencies(rope.rope_theta, head_dim)
     inverse: np.ndarray | jax.Array = plain

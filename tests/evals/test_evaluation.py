@@ -23,12 +23,13 @@ from ranktuner_jax.errors import UserError
 from ranktuner_jax.evals import (
     TASKS,
     EvalConfig,
+    decoding,
     evaluate,
     evaluation,
     generate,
-    sampler,
     stop_ids,
 )
+from ranktuner_jax.evals.choosing import Rule
 from ranktuner_jax.models import Decoder, param_shardings, save_pretrained
 from tests.tolerances import F32
 
@@ -204,24 +205,20 @@ def spread(model: Decoder, sizes: dict[str, int]) -> Decoder:
 
 def test_each_device_scores_its_own_rows_and_answers_its_own_questions(model: Decoder) -> None:
     batch = Batch.of({name: np.ones((16, 12)) for name in ("tokens", "labels", "mask")})
-    prompts = np.ones((16, 8), np.int32)
-    keys = jax.random.split(jax.random.key(0), 16)
+    asked = decoding.Asked(*(np.full(16, n, np.int32) for n in (4, 0, 0)))
+    prompts = (np.ones((16, 8), np.int32), np.full(16, 8, np.int32), asked)
+    stop_ids, seed, rule = np.zeros(1, np.int32), np.uint32(0), Rule.of()
 
     def flops(model: Decoder) -> list[float]:
-        """Those of one device, for the rows and for the questions."""
-        parts = nnx.split(model)
+        """Those of one device, for the rows, the questions and a step of their answers."""
+        graph, params = nnx.split(model)
+        weights = decoding.split(graph, params)
+        written = decoding.empty(graph, params, batch_size=16, length=32)
+        until = (np.int32(4), np.int32(16))
         programs = [
-            evaluation._score_rows.lower(*parts, batch),
-            sampler._decode.lower(
-                *parts,
-                prompts,
-                np.full(16, 8, np.int32),
-                np.zeros(1, np.int32),
-                keys,
-                np.float32(0),
-                max_new_tokens=4,
-                greedy=True,
-            ),
+            evaluation._score_rows.lower(graph, params, batch),
+            decoding.prefill.lower(graph, weights, *prompts, seed, rule),
+            decoding.decode.lower(graph, weights, written, stop_ids, seed, rule, *until, buffer=4),
         ]
         costs = [program.compile().cost_analysis() for program in programs]
         return [float(cost["flops"]) for cost in costs if cost is not None]

@@ -88,6 +88,20 @@ def test_a_token_changes_nothing_before_it_nor_beyond_its_windows() -> None:
     assert (difference > 0).tolist() == [2 <= i <= 6 for i in range(10)]
 
 
+def test_the_program_does_not_grow_with_depth() -> None:
+    def size(layers: int) -> int:
+        pattern = [*[3] * 5, None] * layers
+        ropes = [models.RopeConfig(rope_theta=20.0 if window else 500.0) for window in pattern]
+        config = dataclasses.replace(
+            CONFIG, num_layers=layers, windows=tuple(pattern[:layers]), ropes=tuple(ropes[:layers])
+        )
+        graph, params = nnx.split(nnx.eval_shape(lambda: models.Decoder(config, rngs=nnx.Rngs(0))))
+        step = jax.jit(jax.grad(loss), static_argnums=1)
+        return step.lower(params, graph, TOKENS).as_text().count("\n")
+
+    assert size(62) == size(8)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_decoding_with_a_cache_matches_the_whole_row(model: models.Decoder, side: str) -> None:
     # Prompts of 4 and 2 tokens, padded to 5; the rest comes one by one.
@@ -160,9 +174,8 @@ def test_recomputation_repeats_the_matrix_products_that_it_says() -> None:
         return step.lower(params, graph, TOKENS).as_text().count("stablehlo.dot_general")
 
     none, dots, full = map(products, ("none", "dots", "full"))
-    # In each of two runs of layers: attention's two; and all projections but the last one,
-    # whose outputs no gradient needs.
-    assert (dots - none, full - none) == (2 * 2, 2 * (2 + 6))
+    # Attention's two; and all projections but the last one, whose outputs no gradient needs.
+    assert (dots - none, full - none) == (2, 2 + 6)
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 1, 8)])
@@ -315,5 +328,7 @@ def test_options_that_do_not_exist_are_refused() -> None:
         models.DecoderConfig(family="gpt2")
     with pytest.raises(UserError, match="multiple of num_kv_heads, got 4 and 3"):
         models.DecoderConfig(num_heads=4, num_kv_heads=3)
-    with pytest.raises(UserError, match="one for each of 30 layers, got 1"):
+    with pytest.raises(UserError, match="windows must name one for each of 30 layers, got 1"):
         models.DecoderConfig(windows=(4,))
+    with pytest.raises(UserError, match="ropes must name one for each of 30 layers, got 2"):
+        models.DecoderConfig(ropes=(None, None))

@@ -9,6 +9,7 @@ import pytest
 import transformers
 from flax import nnx
 from safetensors.numpy import load_file
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ranktuner_jax import models
 from tests.models import tiny
@@ -56,8 +57,7 @@ def test_a_family_is_the_one_that_transformers_has_under_its_name(name: str) -> 
     assert config.family == name
     written = config.to_hf()
     assert type(written) is type(theirs)
-    class_name = type(theirs).__name__.removesuffix("Config") + "ForCausalLM"
-    assert written.architectures == [class_name]
+    assert written.architectures == [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name]]
     assert models.DecoderConfig.from_hf(written) == config
 
 
@@ -87,6 +87,8 @@ def test_turn_ends_are_those_of_all_families_each_once() -> None:
         "<|endoftext|>",
         "<|end_of_text|>",
         "</s>",
+        "<end_of_turn>",
+        "<eos>",
     )
     for family in models.FAMILIES.values():
         assert set(family.turn_ends) <= set(models.turn_ends())
@@ -109,7 +111,7 @@ def test_transformers_agrees_in_both_directions(case: str, tmp_path: pathlib.Pat
     np.testing.assert_allclose(torch_logits(tmp_path / "ours"), _logits(ours), **HF_LOGITS)
 
 
-@pytest.mark.parametrize("case", ["llama3", "qwen2"])
+@pytest.mark.parametrize("case", ["llama3", "qwen2", "olmo2"])
 def test_bfloat16_stays_near_float32(case: str, tmp_path: pathlib.Path) -> None:
     tiny.write_checkpoint(case, tmp_path)
     model = models.load_pretrained(tmp_path, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)

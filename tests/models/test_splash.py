@@ -33,8 +33,8 @@ import numpy as np
 mesh = Mesh(np.array(devices).reshape(1, 2, 2), ("data", "fsdp", "tensor"),
             axis_types=(AxisType.Auto,) * 3)
 config = models.DecoderConfig(
-    family="mistral", vocab_size=512, hidden_size=256, intermediate_size=512, num_layers=4,
-    num_heads=4, num_kv_heads=2, head_dim=128, windows=(None, None, 64, 64))
+    family="FAMILY", vocab_size=512, hidden_size=256, intermediate_size=512, num_layers=4,
+    num_heads=4, num_kv_heads=2, OPTIONS)
 model = nnx.eval_shape(lambda: models.Decoder(
     config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, remat="full", mesh=mesh, attention="auto"))
 graph, params = nnx.split(model, nnx.Param)
@@ -53,17 +53,30 @@ print(sorted(kernels), text.count('custom_call_target="tpu_custom_call"'))
 """
 
 
+OPTIONS = {
+    "mistral": "head_dim=128, windows=(None, None, 64, 64)",
+    # Heads of 256, and local layers with a rotary embedding of their own.
+    "gemma3_text": "head_dim=256, windows=(512, 512, None, 512), post_norm=True, qk_norm=True, "
+    "ropes=tuple(models.RopeConfig(rope_theta=t) for t in (1e4, 1e4, 1e6, 1e4))",
+}
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason="compiling for TPU needs libtpu (684 MB): pip install libtpu",
 )
-@pytest.mark.parametrize(("length", "runs"), [(256, True), (200, False)])
-def test_auto_attention_is_splash_on_tpu(length: int, runs: bool) -> None:
+@pytest.mark.parametrize(
+    ("family", "length", "runs"),
+    [("mistral", 256, True), ("mistral", 200, False), ("gemma3_text", 1024, True)],
+)
+def test_auto_attention_is_splash_on_tpu(family: str, length: int, runs: bool) -> None:
+    program = PROGRAM.replace("FAMILY", family).replace("LENGTH", str(length))
+    program = program.replace("OPTIONS", OPTIONS[family])
     # Nothing here holds a TPU, so that several processes may load libtpu at once.
     settings = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     environment = os.environ | {"JAX_PLATFORMS": "cpu"} | settings
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM.replace("LENGTH", str(length))],
+        [sys.executable, "-c", program],
         env=environment,
         capture_output=True,
         text=True,
@@ -73,8 +86,7 @@ def test_auto_attention_is_splash_on_tpu(length: int, runs: bool) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     kernels, calls = done.stdout.strip().rsplit(" ", 1)
     if runs:
-        # The forward pass, and the backward pass of both operands, in each of two runs of
-        # layers.
+        # The forward pass, and the backward pass of both operands, for each of two windows.
         assert int(calls) >= 6, done.stdout
         assert "splash_mha_fwd" in kernels
     else:
@@ -95,7 +107,41 @@ def problem(rng: np.random.Generator) -> Problem:
 
 def run(problem: Problem, implementation: str, window: int | None) -> np.ndarray:
     q, k, v, tokens = problem
-    return np.asarray(attend(q, k, v, tokens, tokens, window=window, implementation=implementation))
+
+    def attention(choice: jax.Array | None, windows: tuple[int | None, ...]) -> jax.Array:
+        return attend(
+            *(q, k, v, tokens, tokens),
+            windows=windows,
+            choice=choice,
+            scale=0.2,
+            implementation=implementation,
+        )
+
+    alone = attention(None, (window,))
+    among = jax.jit(attention, static_argnums=1)(jnp.array(1), (7, window, 11))
+    np.testing.assert_allclose(among, alone, **F32)
+    return np.asarray(alone)
+
+
+def expected_of(problem: Problem, window: int | None) -> np.ndarray:
+    """Attention from its definition, in float64, a query at a time."""
+    q, k, v = (np.asarray(x, np.float64) for x in problem[:3])
+    positions, segments = map(np.asarray, problem[3])
+    out = np.zeros_like(q)
+    for b, t, h in np.ndindex(q.shape[:3]):
+        distance = positions[b, t] - positions[b]
+        seen = (segments[b] == segments[b, t]) & (distance >= 0)
+        if window is not None:
+            seen &= distance < window
+        scores = 0.2 * k[b, seen, h // 2] @ q[b, t, h]
+        weights = np.exp(scores - scores.max())
+        out[b, t, h] = weights @ v[b, seen, h // 2] / weights.sum()
+    return out
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_xla_attention_is_the_definition(problem: Problem, window: int | None) -> None:
+    np.testing.assert_allclose(run(problem, "xla", window), expected_of(problem, window), **F32)
 
 
 @pytest.mark.parametrize("window", [None, 20])

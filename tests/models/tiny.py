@@ -38,6 +38,11 @@ _YARN = {
     "original_max_position_embeddings": 4,
 }
 
+_GEMMA3 = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
+    "full_attention": {"rope_type": "linear", "rope_theta": 500.0, "factor": 8.0},
+}
+
 # name -> (model_type, what config.json says beside the shape)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3": (
@@ -69,6 +74,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3",
         {"head_dim": 8, "attention_bias": True, "tie_word_embeddings": True,
          "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    ),
+    "gemma3": (
+        "gemma3_text",  # Five local layers, a global one and a local one.
+        {"num_hidden_layers": 7, "head_dim": 6, "sliding_window": 4, "query_pre_attn_scalar": 12,
+         "attention_bias": True, "rope_parameters": _GEMMA3},
+    ),
+    "olmo2": ("olmo2", {"attention_bias": True}),
+    "smollm3": (
+        "smollm3",
+        {"num_hidden_layers": 5, "no_rope_layers": [1, 0, 1, 0, 1, 0], "use_sliding_window": True,
+         "sliding_window": 5, "attention_bias": True, "mlp_bias": True,
+         "rope_parameters": {"rope_type": "default", "rope_theta": 50.0}},
     ),
 }  # fmt: skip
 

@@ -28,6 +28,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 8},
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"head_dim": 12},
+    "gemma3_text": {
+        "head_dim": 12,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0},
+        },
+    },
+    "olmo2": {},
+    "smollm3": {"no_rope_layers": [1, 0]},
 }
 QUESTION = [{"role": "user", "content": "1+2"}]
 

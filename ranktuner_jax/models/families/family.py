@@ -37,7 +37,7 @@ _SHARED = {
 class Family:
     """How checkpoints of one family map to a decoder.
 
-    A family whose config.json is laid out in another way overrides `from_hf` and `to_hf`.
+    A family whose config.json is laid out in another way overrides methods.
 
     Attributes:
       name: Hugging Face's `model_type`.
@@ -48,6 +48,9 @@ class Family:
       keys: Fields of `DecoderConfig` -> keys of config.json, beside those of every family.
       fixed: Fields of `DecoderConfig` that are the same in all of the family's models.
       window_keys: The keys of config.json that say which layers have a sliding window.
+      multimodal: The `model_type` of checkpoints that hold a model of this family as their
+        text model; empty if there are none.
+      text_prefix: What precedes the names of its tensors there. Other tensors are left aside.
     """
 
     name: str
@@ -57,6 +60,8 @@ class Family:
     keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     window_keys: tuple[str, ...] = ()
+    multimodal: str = ""
+    text_prefix: str = ""
 
     def from_hf(self, hf: PretrainedConfig) -> dict[str, Any]:
         """The fields of `DecoderConfig` that a transformers config of this family stands for."""
@@ -72,7 +77,7 @@ class Family:
             **{field: getattr(hf, key) for field, key in {**_SHARED, **self.keys}.items()},
             **self.fixed,
             "head_dim": getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
-            "rope": RopeConfig.from_parameters(hf.rope_parameters),
+            **self.read_ropes(hf),
             "windows": tuple(windows) if any(windows) else (),
             "eos_token_id": tuple(eos) if isinstance(eos, list) else eos,
         }
@@ -94,6 +99,14 @@ class Family:
             **{key: getattr(config, field) for field, key in {**_SHARED, **self.keys}.items()},
             **{key: windows[key] for key in self.window_keys},
             "head_dim": config.head_dim,
-            "rope_parameters": config.rope.to_parameters(),
+            **self.write_ropes(config),
             "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
         }
+
+    def read_ropes(self, hf: PretrainedConfig) -> dict[str, Any]:
+        """The fields `rope` and `ropes` of `DecoderConfig`."""
+        return {"rope": RopeConfig.from_parameters(hf.rope_parameters)}
+
+    def write_ropes(self, config: DecoderConfig) -> dict[str, Any]:
+        """The keys of config.json that `read_ropes` reads back."""
+        return {"rope_parameters": config.rope.to_parameters()}

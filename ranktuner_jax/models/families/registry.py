@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from ranktuner_jax.errors import UserError
-from ranktuner_jax.models.families import llama, mistral, qwen2, qwen3
+from ranktuner_jax.models.families import gemma3, llama, mistral, olmo2, qwen2, qwen3, smollm3
 from ranktuner_jax.models.families.family import Family
 
 __all__ = ["FAMILIES", "find_family", "turn_ends"]
 
 FAMILIES: dict[str, Family] = {
-    module.FAMILY.name: module.FAMILY for module in (llama, mistral, qwen2, qwen3)
+    module.FAMILY.name: module.FAMILY
+    for module in (llama, mistral, qwen2, qwen3, gemma3, olmo2, smollm3)
 }
 
 

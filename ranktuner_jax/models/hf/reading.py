@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from jaxtyping import DTypeLike
 
 __all__ = ["abstract_decoder", "read_config", "read_decoder"]
+
+_log = logging.getLogger(__name__)
 
 # Tensors that old checkpoints carry and nothing reads.
 _IGNORED = (".rotary_emb.inv_freq",)
@@ -52,9 +55,12 @@ def _first_line(error: Exception) -> str:
 
 
 class _Checkpoint:
-    """The tensors of a folder's safetensors files, by name, read a slice at a time."""
+    """The tensors of a folder's safetensors files, by name, read a slice at a time.
 
-    def __init__(self, folder: Path, stack: contextlib.ExitStack):
+    Of a multimodal model it has those of the text model, under the names that they have alone.
+    """
+
+    def __init__(self, folder: Path, config: DecoderConfig, stack: contextlib.ExitStack):
         from safetensors import SafetensorError, safe_open
 
         if (folder / INDEX).is_file():
@@ -79,6 +85,20 @@ class _Checkpoint:
             except SafetensorError as error:
                 raise UserError(f"{folder / file}: not a safetensors file: {error}") from error
             self.slices |= {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118
+        prefix = FAMILIES[config.family].text_prefix
+        if prefix and any(name.startswith(prefix) for name in self.slices):
+            aside = {name.split(".")[0] for name in self.slices if not name.startswith(prefix)}
+            self.slices = {
+                name.removeprefix(prefix): tensor
+                for name, tensor in self.slices.items()
+                if name.startswith(prefix)
+            }
+            if jax.process_index() == 0:
+                _log.warning(
+                    "%s: the text model is read, and saved, alone: %s left aside",
+                    folder,
+                    ", ".join(sorted(aside)) or "nothing",
+                )
 
     def check(self, config: DecoderConfig) -> None:
         """Raises unless the tensors are exactly those that the config calls for."""
@@ -212,7 +232,7 @@ def read_decoder(
     """
     graph, shapes = abstract_decoder(config, mesh=mesh, param_dtype=param_dtype, **options)
     with contextlib.ExitStack() as stack:
-        checkpoint = _Checkpoint(folder, stack)
+        checkpoint = _Checkpoint(folder, config, stack)
         checkpoint.check(config)
 
         def load(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:

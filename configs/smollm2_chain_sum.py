@@ -10,9 +10,9 @@ settings. Before training: plain NLL 3.112, answers right 12.9 % (95 % interval 
     loss                    seed   NLL     answers right
     RankTuner, base one     0      0.925   25.8 % (20.8 to 31.5)
     RankTuner, base one     1      0.946   31.6 % (26.3 to 37.6)
-    RankTuner, base one     2      0.920   25.0 % (20.1 to 30.6)
+    RankTuner, base one     2      0.920   25.0 % (20.1 to 30.7)
     SFT                     0      0.891   28.1 % (23.0 to 33.9)
-    RankTuner, base prob    0      4.187    2.7 % (1.3 to 5.5)
+    RankTuner, base prob    0      4.187    2.7 % (1.2 to 5.6)
 
 On so little data, base one and SFT do not differ significantly. Base prob sharpens what the model
 is already confident of, and the plain NLL rises.

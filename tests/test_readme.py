@@ -34,6 +34,8 @@ REGISTRIES: list[MutableMapping[str, Any]] = [
     losses.WEIGHTINGS,
     train.OPTIMIZERS,
     evals.TASKS,
+    evals.BENCHMARKS,
+    evals.GRADERS,
     models.FAMILIES,
 ]
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["final_number", "final_texts"]
+__all__ = ["announced", "final_number", "final_texts", "last_box", "marked_passages"]
 
-_NUMBER = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
-# In the order of trust: GSM8K's mark, a box, a sentence that announces the answer.
-_MARKS = (
-    re.compile(r"####\s*(.*)"),
-    re.compile(r"\\boxed\{([^{}]*)\}"),
-    re.compile(r"\banswer\b[^\d]*?\bis\b:?\s*(.*)", re.IGNORECASE),
-)
+_NUMBER = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3}(?!\d))+|\d+)(?:\.\d+)?")
+_HASHES = re.compile(r"####\s*(.*)")
+# Bounded: a text of nothing but "answer" is still searched in linear time.
+_SENTENCE = re.compile(r"\banswer\b[^\d]{0,200}?\bis\b:?\s*(.*)", re.IGNORECASE)
+_ANNOUNCED = re.compile(r"\banswer\b(?:\s+is\b|[^\S\n]*:)[\s:*]*", re.IGNORECASE)
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*(\{|)")
+_BRACE = re.compile(r"\\[{}]|[{}]")  # an escaped brace is text
 
 
 def final_number(text: str) -> str | None:
@@ -29,7 +29,7 @@ def final_number(text: str) -> str | None:
       >>> final_number("I do not know.") is None
       True
     """
-    for passage in [*_marked(text), text]:
+    for passage in [*marked_passages(text), text]:
         if numbers := _NUMBER.findall(passage):
             return numbers[-1].replace(",", "")
     return None
@@ -43,9 +43,58 @@ def final_texts(text: str) -> list[str]:
       ['Paris.', 'The answer is: Paris.', 'France, I think.\nThe answer is: Paris.']
     """
     text = text.strip()
-    return [*_marked(text), *text.splitlines()[-1:], text]
+    return [*marked_passages(text), *text.splitlines()[-1:], text]
 
 
-def _marked(text: str) -> list[str]:
-    """What follows the last of each kind of mark, the most trusted kind first."""
-    return [found[-1] for mark in _MARKS if (found := mark.findall(text))]
+def marked_passages(text: str) -> list[str]:
+    r"""What follows the last of each kind of mark, the most trusted kind first.
+
+    GSM8K's `####`, then a box, then a sentence that announces the answer.
+
+    Example:
+      >>> marked_passages(r"The answer is \boxed{4} eggs." + "\n#### 4")
+      ['4', '4', '\\boxed{4} eggs.']
+    """
+    box = last_box(text)
+    return [
+        *_HASHES.findall(text)[-1:],
+        *([] if box is None else [box]),
+        *_SENTENCE.findall(text)[-1:],
+    ]
+
+
+def last_box(text: str) -> str | None:
+    r"""What the last `\boxed` (or `\fbox`) holds, or None if there is none.
+
+    Braces nest; a box that is never closed holds the rest of the text, and a box without braces
+    holds what stands up to the next space or `$`.
+
+    Example:
+      >>> last_box(r"not \boxed{2} but \boxed{\frac{1}{2}}.")
+      '\\frac{1}{2}'
+      >>> last_box("2") is None
+      True
+    """
+    boxes = list(_BOX.finditer(text))
+    if not boxes:
+        return None
+    start = boxes[-1].end()
+    if boxes[-1][1] != "{":
+        return re.split(r"[\s$]", text[start:], maxsplit=1)[0]
+    depth = 1
+    for brace in _BRACE.finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            return text[start : brace.start()].strip()
+    return text[start:].strip()
+
+
+def announced(text: str) -> str | None:
+    r"""What follows the last "answer is" or "answer:", or None if neither is there.
+
+    Example:
+      >>> announced("The answer is not 3.\nFinal answer: **4**")
+      '4**'
+    """
+    found = list(_ANNOUNCED.finditer(text))
+    return text[found[-1].end() :] if found else None

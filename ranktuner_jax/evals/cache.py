@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from ranktuner_jax import files
 from ranktuner_jax.data import Example
 from ranktuner_jax.evals.config import EvalConfig
 from ranktuner_jax.evals.evaluation import Progress, RowSource, evaluate
+from ranktuner_jax.evals.processes import from_first_process
 from ranktuner_jax.evals.result import EvalResult
 from ranktuner_jax.evals.tasks import TASKS, make_scorer
 from ranktuner_jax.models import Decoder
@@ -68,7 +68,7 @@ def cached_evaluation(
             path = pathlib.Path(folder, "evaluations", f"{key}.json")
             text = _read(path)
     # One process decides for all, for they compute together or not at all.
-    if text := _from_first_process(text):
+    if text := from_first_process(text):
         return EvalResult.from_json(json.loads(text)), True
     result = evaluate(
         model, tokenizer, rows=rows, examples=examples, config=config, progress=progress
@@ -86,17 +86,6 @@ def _read(path: pathlib.Path) -> str:
     except (OSError, ValueError, KeyError, TypeError):
         return ""
     return text
-
-
-def _from_first_process(text: str) -> str:
-    """The text of process 0, in every process."""
-    if jax.process_count() == 1:
-        return text
-    encoded = np.frombuffer(text.encode(), np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(encoded.size)))
-    if jax.process_index() != 0:
-        encoded = np.zeros(size, np.uint8)
-    return bytes(multihost_utils.broadcast_one_to_all(encoded)).decode()
 
 
 def fingerprint(

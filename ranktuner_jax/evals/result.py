@@ -7,7 +7,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["EvalResult", "Preview", "wilson_interval"]
+from ranktuner_jax.evals.statistics import mean_interval
+
+__all__ = ["EvalResult", "Preview"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +53,10 @@ class EvalResult:
 
     @property
     def accuracy_interval(self) -> tuple[float, float] | None:
-        """The 95 % Wilson interval of `accuracy`; None without questions."""
-        return wilson_interval(self.correct, self.questions) if self.questions else None
+        """The 95 % interval of `accuracy` on questions like these; None without questions."""
+        if not self.questions:
+            return None
+        return mean_interval([1.0] * self.correct + [0.0] * (self.questions - self.correct))
 
     def metrics(self) -> dict[str, float]:
         """Numbers for a log.
@@ -93,26 +97,3 @@ class EvalResult:
         """
         previews = tuple(Preview(**preview) for preview in saved["previews"])
         return cls(**{**saved, "previews": previews})
-
-
-def wilson_interval(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """The Wilson score interval of a share, at 95 % unless `z` says otherwise.
-
-    Raises:
-      ValueError: If not `0 <= correct <= total` with `total >= 1`.
-
-    Example:
-      >>> low, high = wilson_interval(64, 256)
-      >>> round(low, 3), round(high, 3)
-      (0.201, 0.306)
-
-    References:
-      Wilson, Probable Inference, the Law of Succession, and Statistical Inference, 1927.
-    """
-    if not 0 <= correct <= total or total < 1:
-        raise ValueError(f"expected 0 <= correct <= total and total >= 1: got {correct}, {total}")
-    share = correct / total
-    scale = 1 + z**2 / total
-    center = (share + z**2 / (2 * total)) / scale
-    half = z * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2)) / scale
-    return max(0.0, center - half), min(1.0, center + half)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import decimal
+import functools
 import re
 import string
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 from ranktuner_jax.data import Example
 from ranktuner_jax.errors import UserError
 from ranktuner_jax.evals.answers import final_number, final_texts
+from ranktuner_jax.evals.graders import GRADERS, Grader
 
 __all__ = ["AUTO", "TASKS", "Scorer", "make_scorer", "scorable"]
 
@@ -56,6 +58,11 @@ def _auto(completion: str, record: Mapping[str, Any]) -> bool:
     return _words(str(record["answer"])) in map(_words, final_texts(completion))
 
 
+def _graded(grader: Grader) -> Scorer:
+    """Compares with the row's `answer` as a grader does."""
+    return lambda completion, record: grader(completion, record["answer"])
+
+
 def _words(text: str) -> str:
     """The text without case, repeated white space and surrounding punctuation."""
     return " ".join(text.casefold().split()).strip(string.punctuation + " ")
@@ -81,6 +88,11 @@ TASKS: dict[str, Callable[[], Scorer]] = {
     "gsm_symbolic": lambda: _reasoning_gym("gsm_symbolic"),
     "exact": lambda: _exact,
     AUTO: lambda: _auto,
+    **{
+        name: functools.partial(_graded, grader)
+        for name, grader in GRADERS.items()
+        if name != "exact"
+    },
 }
 """Functions that make a scorer, by the name that `eval.task` takes.
 

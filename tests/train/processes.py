@@ -14,25 +14,27 @@ from collections.abc import Mapping, Sequence
 def start(
     arguments: Sequence[str],
     *,
+    command: str = "train",
     processes: int = 2,
     devices: int = 4,
     env: Mapping[str, str] | None = None,
     own: Sequence[str] | None = None,
 ) -> list[subprocess.Popen[str]]:
-    """Starts `ranktuner train` in each of several processes, which connect over a free port.
+    """Starts a command in each of several processes, which connect over a free port.
 
     Args:
-      arguments: What follows `ranktuner train`.
+      arguments: What follows `ranktuner` and the command.
+      command: The command.
       processes: The number of processes.
       devices: Fake CPU devices of each.
       env: Further environment variables.
       own: One further argument for each process.
     """
     cluster = [f"--coordinator={_free_address()}", f"--processes={processes}"]
-    command = ["-m", "ranktuner_jax.cli", "train", *arguments, *cluster]
+    run = ["-m", "ranktuner_jax.cli", command, *arguments, *cluster]
     return [
         _python(
-            [*command, f"--process={process}", *(own[process : process + 1] if own else ())],
+            [*run, f"--process={process}", *(own[process : process + 1] if own else ())],
             devices,
             env,
         )

@@ -1,8 +1,13 @@
-"""Evaluate a model on held-out conversations, with the data and the task of a config.
+"""Evaluate a model on the held-out conversations of a config, or on benchmarks.
 
 ranktuner eval --workdir=runs/first
 ranktuner eval --model=runs/first/model --config=smollm2_chain_sum
 ranktuner eval --model=runs/mine/model --config=own_data --config.data.source=rows.jsonl
+ranktuner eval --model=runs/first/model --tasks=math500,gsm8k --samples=16 --temperature=1 \
+  --max_new_tokens=4096 --output=evals/first
+
+With --tasks, run the same command again to go on after an interruption. Exit codes: 0 finished,
+75 stopped with all answers so far saved, 2 user error, 1 other failure.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ import jax
 
 from ranktuner_jax import evals
 from ranktuner_jax.errors import UserError
-from ranktuner_jax.train.commands import flags
+from ranktuner_jax.train.commands import eval_tasks, flags
 from ranktuner_jax.train.config import MeshConfig
 from ranktuner_jax.train.run import Run
 from ranktuner_jax.train.runtime import distributed
@@ -37,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser,
         groups=("model", "seed", "data", "eval"),
         workdir="folder of a finished run, whose exported model and config to use",
+        needed=False,
     )
+    eval_tasks.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the full result as JSON")
     distributed.add_arguments(parser)
 
@@ -45,16 +52,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluates the model, in the compute_dtype of the config."""
     with report_once(args):
+        if not (args.config or args.workdir or args.tasks):
+            raise UserError(
+                "expected --workdir or --config, whose held-out data to use, or --tasks, got none; "
+                "see ranktuner eval --help"
+            )
         config = flags.read_config_and_connect(args)
         keep_compiled()
-        opened = Run.open(
-            dataclasses.replace(
-                config,
-                model=args.model or _exported(args.workdir) or config.model,
-                mesh=MeshConfig(data=1, fsdp=-1),  # The devices of this machine.
-                train=dataclasses.replace(config.train, remat="none"),
-            )
+        config = dataclasses.replace(
+            config,
+            model=args.model or _exported(args.workdir) or config.model,
+            mesh=MeshConfig(data=1, fsdp=-1),  # The devices of this machine.
+            train=dataclasses.replace(config.train, remat="none"),
         )
+        if args.tasks:
+            return eval_tasks.run(args, config)
+        opened = Run.open(config)
         held_out = opened.held_out
         first = jax.process_index() == 0
         progress = _progress if first and sys.stderr.isatty() else None

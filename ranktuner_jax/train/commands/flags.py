@@ -19,6 +19,7 @@ def add_config(
     default: str | None = None,
     groups: Collection[str] = (),
     workdir: str = "",
+    needed: bool = True,
 ) -> None:
     """Adds `--config` and accepts `--config.KEY=VALUE`.
 
@@ -30,6 +31,8 @@ def add_config(
       groups: The top-level keys that the command reads and its help lists; all if empty.
       workdir: Help text of `--workdir`, a run whose config is used instead of `--config`; "" for
         commands without this flag.
+      needed: Whether a config or a workdir is required; without one, `read_config` returns the
+        defaults of all keys.
 
     Example:
       >>> parser = argparse.ArgumentParser()
@@ -41,7 +44,7 @@ def add_config(
     """
     chosen: argparse.ArgumentParser | argparse._MutuallyExclusiveGroup = parser
     if workdir:
-        chosen = parser.add_mutually_exclusive_group(required=default is None)
+        chosen = parser.add_mutually_exclusive_group(required=needed and default is None)
         chosen.add_argument("--workdir", help=workdir)
     chosen.add_argument(
         "--config",
@@ -64,7 +67,7 @@ def read_config(args: argparse.Namespace) -> TrainConfig:
     """
     if getattr(args, "workdir", None) and not args.config:
         return read_workdir(args.workdir, args.overrides)
-    return load_config(args.config, args.overrides)
+    return load_config(args.config or "", args.overrides)
 
 
 def read_config_and_connect(args: argparse.Namespace) -> TrainConfig:

@@ -20,7 +20,7 @@ from ml_collections import config_dict, config_flags
 from ranktuner_jax import losses
 from ranktuner_jax.errors import UserError
 from ranktuner_jax.train.config.checks import one_of, suggestion
-from ranktuner_jax.train.config.files import execute, read_config_file
+from ranktuner_jax.train.config.files import ConfigFile, execute, read_config_file
 from ranktuner_jax.train.config.schema import TrainConfig, keys
 from ranktuner_jax.train.config.show import flatten, to_dict
 from ranktuner_jax.train.step.optimizers import OPTIMIZERS, optimizer_options
@@ -45,7 +45,8 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> TrainConfig:
     `loss.weighting` resets `loss.options` to those of the new weighting.
 
     Args:
-      name: A name in the package `ranktuner_jax.configs`, or a path that ends in ".py".
+      name: A name in the package `ranktuner_jax.configs`, or a path that ends in ".py"; "" for the
+        defaults of all keys.
       overrides: Arguments such as "--config.optimizer.learning_rate=1e-5".
 
     Returns:
@@ -59,7 +60,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> TrainConfig:
       >>> config.train.steps
       5
     """
-    file = read_config_file(name)
+    file = read_config_file(name) if name else ConfigFile({}, "")
     config = _apply_overrides(_complete(file.chosen, name), overrides)
     return dataclasses.replace(_from_config_dict(TrainConfig, config), code=file.code)
 

@@ -1,0 +1,278 @@
+"""Benchmarks from the command line: `ranktuner eval --tasks=...`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax
+import rich.console
+import rich.progress
+import rich.table
+
+from ranktuner_jax import data, evals
+from ranktuner_jax.data.load import conversations
+from ranktuner_jax.errors import UserError
+from ranktuner_jax.evals import benchmarks, engines
+from ranktuner_jax.train.config import TrainConfig
+from ranktuner_jax.train.run import Run
+from ranktuner_jax.train.runtime.preemption import StopNotice, Stopped
+
+__all__ = ["add_arguments", "run"]
+
+PREEMPTED = 75
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that go with `--tasks`."""
+    sampling = engines.Sampling()
+    group = parser.add_argument_group("benchmarks")
+    group.add_argument(
+        "--tasks",
+        metavar="NAMES",
+        help=f"benchmarks, separated by commas: {', '.join(evals.BENCHMARKS)}; or a .jsonl or "
+        ".parquet file of your own with a column answer",
+    )
+    group.add_argument("--output", help="folder for result.json and samples.jsonl")
+    group.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="FOLDER|NAME=SOURCE",
+        help="a folder with the files of the benchmarks, or the rows of one: a .jsonl or .parquet "
+        "file, hub:owner/name or a TFDS name; default: the hub",
+    )
+    group.add_argument(
+        "--grader",
+        default="",
+        help="how a file of your own is graded: number, "
+        "math, choice, exact, python, or a task that the config file registers",
+    )
+    group.add_argument("--system", default="", help="the system prompt for a file of your own")
+    group.add_argument("--limit", type=int, help="only the first so many questions of each")
+    group.add_argument("--samples", type=int, default=sampling.samples, help="answers a question")
+    group.add_argument(
+        "--temperature", type=float, default=sampling.temperature, help="0 is greedy (default)"
+    )
+    group.add_argument("--top_p", type=float, default=sampling.top_p)
+    group.add_argument("--top_k", type=int, default=sampling.top_k, help="0 for all tokens")
+    group.add_argument(
+        "--max_new_tokens", type=int, default=sampling.max_new_tokens, help="default: 1024"
+    )
+    group.add_argument("--seed", type=int, default=sampling.seed, help="of the sampling")
+    group.add_argument(
+        "--k", default="", help="values of k of pass@k; default: 1,2,4,... up to the samples"
+    )
+    group.add_argument(
+        "--cache_gb", type=float, default=1.0, help="memory for keys and values of all devices"
+    )
+    group.add_argument("--regrade", action="store_true", help="grade the answers of --output again")
+    group.add_argument(
+        "--against",
+        metavar="FOLDER",
+        help="another evaluation of the same questions, to show the differences",
+    )
+    group.add_argument(
+        "--overlap",
+        metavar="SOURCE",
+        help="training data: count the questions that share 13 words in a row with it",
+    )
+    group.add_argument(
+        "--engine", choices=("local", "openai"), default="local", help="what writes the answers"
+    )
+    group.add_argument("--base_url", help="of an OpenAI-compatible server, with --engine=openai")
+
+
+def run(args: argparse.Namespace, config: TrainConfig) -> int:
+    """Evaluates the benchmarks, and prints a table."""
+    if not args.output:
+        raise UserError("--output: expected a folder for the answers, got none")
+    sampling = engines.Sampling(
+        samples=args.samples,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        max_new_tokens=args.max_new_tokens,
+        seed=args.seed,
+    )
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit: expected at least 1, got {args.limit}")
+    sources = _sources(args.data)
+    tasks = []
+    for name in args.tasks.split(","):
+        benchmark = evals.find_benchmark(name.strip(), grader=args.grader, system=args.system)
+        tasks.append((benchmark, evals.read_questions(benchmark, sources, args.limit)))
+    against = _read_against(args.against, tasks) if args.against else {}
+    first = jax.process_index() == 0
+    with _progress(first) as report:
+        suite = evals.Suite(tasks, sampling, args.output, ks=_numbers(args.k), report=report)
+        if args.regrade:
+            scores = suite.grade()
+        else:
+            engine = _engine(args, config)
+            try:
+                with StopNotice():
+                    scores = suite.run(engine)
+            except Stopped:
+                report.close()
+                print("stopped: run the same command to go on", file=sys.stderr)
+                return PREEMPTED
+    if first and args.json:
+        print(json.dumps({name: of_task.to_json() for name, of_task in scores.items()}, indent=1))
+    elif first:
+        _show(scores, against)
+        if args.overlap:
+            _show_overlap(args.overlap, tasks, config.data)
+    return 0
+
+
+def _sources(given: Sequence[str]) -> dict[str, str]:
+    """`--data` as `read_questions` takes it."""
+    sources = {}
+    for text in given:
+        name, equals, source = text.partition("=")
+        folder = pathlib.Path(text).expanduser()
+        if folder.is_dir():
+            sources[""] = str(folder)
+        elif equals:
+            sources[name] = source
+        else:
+            raise UserError(f"--data: expected a folder or NAME=SOURCE, got {text!r}")
+    return sources
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")] if text else []
+    except ValueError as error:
+        raise UserError(f"--k: expected numbers separated by commas, got {text!r}") from error
+
+
+def _engine(args: argparse.Namespace, config: TrainConfig) -> engines.Engine:
+    if args.engine == "openai":
+        if not args.base_url or not args.model:
+            raise UserError(
+                "--engine=openai: expected --base_url, such as http://localhost:8000/v1, and "
+                "--model, the name that the server gives the model"
+            )
+        return engines.OpenAIEngine(args.base_url, args.model)
+    opened = Run.open(config)
+    return engines.LocalEngine(
+        opened.model,
+        opened.tokenizer,
+        name=str(opened.folder),
+        enable_thinking=config.data.enable_thinking,
+        cache_gb=args.cache_gb,
+    )
+
+
+class _Report:
+    """Shows how many answers there are and how fast they come."""
+
+    def __init__(self, bar: rich.progress.Progress | None) -> None:
+        self._bar = bar
+        self._tasks: dict[tuple[str, str], rich.progress.TaskID] = {}
+        self._start: dict[tuple[str, str], float] = {}
+
+    def __call__(self, name: str, what: str, done: int, total: int, tokens: int) -> None:
+        start = self._start.setdefault((name, what), time.monotonic())
+        if self._bar is None:
+            return
+        if (name, what) not in self._tasks:
+            self._tasks[name, what] = self._bar.add_task(f"{name} {what}", status="")
+        speed = tokens / max(time.monotonic() - start, 1e-3)
+        status = f"{speed:,.0f} tokens/s" if tokens else ""
+        self._bar.update(self._tasks[name, what], completed=done, total=total, status=status)
+
+    def close(self) -> None:
+        """Ends the bar."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+@contextlib.contextmanager
+def _progress(first: bool) -> Iterator[_Report]:
+    """A bar on a terminal."""
+    bar = None
+    if first and sys.stderr.isatty():
+        bar = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TextColumn("{task.fields[status]}"),
+            rich.progress.TimeRemainingColumn(),
+            console=rich.console.Console(file=sys.stderr),
+        )
+        bar.start()
+    report = _Report(bar)
+    try:
+        yield report
+    finally:
+        report.close()
+
+
+Tasks = Sequence[tuple[benchmarks.Benchmark, Sequence[benchmarks.Question]]]
+
+
+def _read_against(folder: str, tasks: Tasks) -> dict[str, evals.Scores]:
+    """The scores of another evaluation of the same questions, by benchmark."""
+    found = evals.read_scores(folder)
+    for benchmark, questions in tasks:
+        other, _ = found.get(benchmark.name, ("", None))
+        if other != benchmarks.digest(questions):
+            raise UserError(
+                f"--against: expected the same {len(questions)} questions of {benchmark.name} in "
+                f"{folder}, got {'others' if other else 'none'}; evaluate both with the same flags"
+            )
+    return {benchmark.name: found[benchmark.name][1] for benchmark, _ in tasks}
+
+
+def _show(scores: Mapping[str, evals.Scores], against: Mapping[str, evals.Scores]) -> None:
+    table = rich.table.Table(caption="95 % intervals are over questions like these")
+    for column in ("benchmark", "score", "share", "95 % interval"):
+        table.add_column(column, no_wrap=True)
+    for name, of_task in scores.items():
+        for row, (score, share) in enumerate(of_task.shares.items()):
+            interval = f"{share.low:.1%} to {share.high:.1%}"
+            table.add_row("" if row else name, _words(score), f"{share.value:.1%}", interval)
+    rich.console.Console(file=sys.stdout).print(table)
+    for name, of_task in scores.items():
+        facts = [f"{of_task.questions:,} questions", f"{of_task.seconds:,.0f} s"]
+        if of_task.mean_tokens:
+            facts[1:1] = [
+                f"{of_task.samples} answer{'s' * (of_task.samples > 1)} each",
+                f"{of_task.finished:.1%} finished",
+                f"{of_task.mean_tokens:,.0f} tokens on average",
+            ]
+        print(f"{name}: {', '.join(facts)}")
+    for name, other in against.items():
+        for share_name, change in evals.compare_scores(scores[name], other).items():
+            print(
+                f"{name}, {_words(share_name)}: {100 * change.value:+.1f} points "
+                f"({100 * change.low:+.1f} to {100 * change.high:+.1f}) against the other"
+            )
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _show_overlap(source: str, tasks: Tasks, settings: data.DataConfig) -> None:
+    """Prints how many questions of each benchmark share words with training data."""
+    for benchmark, questions in tasks:
+        summary = data.Summary(settings.row_length)
+        texts = (
+            message["content"]
+            for conversation in conversations(settings, source, settings.split, summary)
+            for message in conversation.messages
+        )
+        found = evals.overlapping([question.text for question in questions], texts)
+        print(
+            f"{benchmark.name}: {len(found)} of {len(questions)} questions share 13 words in a row "
+            f"with {source}"
+        )

@@ -222,6 +222,7 @@ class Suite:
 
         if not requests:
             return
+        self._report(benchmark.name, "answers", done, total, 0)
         if benchmark.choices is not None:
             engine.choose([request.question for request in requests], keep_choice)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import importlib.util
 import json
 import pathlib
 import subprocess
@@ -23,7 +24,11 @@ from tests.evals.exported import export
 from tests.tolerances import MEAN_NLL
 
 pytestmark = [
-    pytest.mark.parity,
+    pytest.mark.drill,
+    pytest.mark.skipif(
+        importlib.util.find_spec("lm_eval") is None or importlib.util.find_spec("torch") is None,
+        reason="needs lm-eval and PyTorch: .venv-parity/bin/pip install '.[drill]'",
+    ),
     pytest.mark.filterwarnings("ignore:::lm_eval", "ignore:::datasets", "ignore:::torch"),
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import importlib.util
 import json
 import os
 import pathlib
@@ -355,6 +356,9 @@ def test_likelihoods_several_processes_and_bad_arguments_are_refused(
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, pathlib.Path]]:
     """The address of `transformers serve`, and the folder of the model that it serves."""
+    for package in ("torch", "uvicorn"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip("needs PyTorch and a server: .venv-parity/bin/pip install '.[drill]'")
     folder = export(tmp_path_factory.mktemp("served"), ["How many legs does a spider have?"])
     options = json.loads((folder / "generation_config.json").read_text())
     # Without it, this server takes the likeliest token at any temperature.
@@ -386,7 +390,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, path
         process.wait()
 
 
-@pytest.mark.parity
+@pytest.mark.drill
 def test_a_real_server_gives_the_answers_that_the_decoder_here_gives(
     served: tuple[str, pathlib.Path],
 ) -> None:
@@ -404,7 +408,7 @@ def test_a_real_server_gives_the_answers_that_the_decoder_here_gives(
         assert theirs[index] == Answer(answer.text, answer.tokens + answer.finished, ended_early)
 
 
-@pytest.mark.parity
+@pytest.mark.drill
 def test_a_real_server_draws_other_samples_for_other_seeds(
     served: tuple[str, pathlib.Path],
 ) -> None:
@@ -417,7 +421,7 @@ def test_a_real_server_draws_other_samples_for_other_seeds(
     assert len({answer.text for answer in first.values()}) == 4
 
 
-@pytest.mark.parity
+@pytest.mark.drill
 def test_a_real_server_without_the_model_is_said_in_one_line(
     served: tuple[str, pathlib.Path],
 ) -> None:

@@ -46,7 +46,8 @@ def temporary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path
         programs._WORKERS.close()
 
 
-@pytest.fixture(params=["sandlock", "bubblewrap"])
+# All of it in the second one, too, takes as long again.
+@pytest.fixture(params=["sandlock", pytest.param("bubblewrap", marks=pytest.mark.drill)])
 def sandbox(request: pytest.FixtureRequest) -> str:
     try:
         return programs.find_sandbox(request.param)

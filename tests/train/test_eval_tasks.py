@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 from typing import Any
 
 import pytest
@@ -94,7 +95,9 @@ def test_a_stopped_evaluation_goes_on_with_the_same_answers(
     command = [*command, f"--output={tmp_path / 'part'}"]
     with sigterm_inside("SampleFile.append", 7):
         assert cli.main(command) == PREEMPTED
-    assert capsys.readouterr().err.splitlines()[-1] == "stopped: run the same command to go on"
+    said = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"mine: 2 of 15 answers  [\d,]+ tokens/s  \d+ min left", said[0])
+    assert said[-1] == "stopped: run the same command to go on"
     assert 0 < len(completions(tmp_path / "part")) < 15
     assert cli.main(command) == 0
     assert completions(tmp_path / "part") == completions(whole)

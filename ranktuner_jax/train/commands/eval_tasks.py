@@ -172,21 +172,30 @@ def _engine(args: argparse.Namespace, config: TrainConfig) -> engines.Engine:
 
 
 class _Report:
-    """Shows how many answers there are and how fast they come."""
+    """Shows how many answers there are and how fast they come: a bar on a terminal, else lines."""
 
-    def __init__(self, bar: rich.progress.Progress | None) -> None:
-        self._bar = bar
+    def __init__(self, bar: rich.progress.Progress | None, silent: bool) -> None:
+        self._bar, self._silent = bar, silent
         self._tasks: dict[tuple[str, str], rich.progress.TaskID] = {}
-        self._start: dict[tuple[str, str], float] = {}
+        self._start: dict[tuple[str, str], tuple[float, int]] = {}
 
     def __call__(self, name: str, what: str, done: int, total: int, tokens: int) -> None:
-        start = self._start.setdefault((name, what), time.monotonic())
+        start, before = self._start.setdefault((name, what), (time.monotonic(), done))
+        seconds = max(time.monotonic() - start, 1e-3)
+        status = f"{tokens / seconds:,.0f} tokens/s" if tokens else ""
         if self._bar is None:
+            # Ten lines.
+            if done > before and not self._silent and done * 10 // total > (done - 1) * 10 // total:
+                left = (total - done) * seconds / (done - before)
+                status = f"  {status}" * bool(status)
+                print(
+                    f"{name}: {done:,} of {total:,} {what}{status}  {left / 60:,.0f} min left",
+                    file=sys.stderr,
+                    flush=True,
+                )
             return
         if (name, what) not in self._tasks:
             self._tasks[name, what] = self._bar.add_task(f"{name} {what}", status="")
-        speed = tokens / max(time.monotonic() - start, 1e-3)
-        status = f"{speed:,.0f} tokens/s" if tokens else ""
         self._bar.update(self._tasks[name, what], completed=done, total=total, status=status)
 
     def close(self) -> None:
@@ -197,7 +206,6 @@ class _Report:
 
 @contextlib.contextmanager
 def _progress(first: bool) -> Iterator[_Report]:
-    """A bar on a terminal."""
     bar = None
     if first and sys.stderr.isatty():
         bar = rich.progress.Progress(
@@ -209,7 +217,7 @@ def _progress(first: bool) -> Iterator[_Report]:
             console=rich.console.Console(file=sys.stderr),
         )
         bar.start()
-    report = _Report(bar)
+    report = _Report(bar, silent=not first)
     try:
         yield report
     finally:

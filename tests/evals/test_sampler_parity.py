@@ -46,19 +46,21 @@ def test_smollm2_writes_what_it_writes_in_transformers() -> None:
     assert len(prompts) >= 32
     ends = stop_ids(tokenizer)
     torch_model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    width = max(map(len, prompts))
+    padded = torch.tensor([[ends[0]] * (width - len(prompt)) + prompt for prompt in prompts])
+    real = torch.tensor([[i >= width - len(prompt) for i in range(width)] for prompt in prompts])
+    options: dict[str, Any] = {"eos_token_id": ends, "pad_token_id": ends[0]}
+    rows = torch_model.generate(
+        padded,
+        attention_mask=real.long(),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        **options,
+    )[:, width:].tolist()
     wanted = []
-    for prompt in prompts:
-        tokens = torch.tensor([prompt])
-        options: dict[str, Any] = {"eos_token_id": ends, "pad_token_id": ends[0]}
-        row = torch_model.generate(
-            tokens,
-            attention_mask=torch.ones_like(tokens),
-            max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            **options,
-        )[0, len(prompt) :].tolist()
-        finished = row[-1] in ends
-        wanted.append(Completion(row[:-1] if finished else row, finished))
+    for row in rows:
+        stop = next((i for i, token in enumerate(row) if token in ends), None)
+        wanted.append(Completion(row[:stop], stop is not None))
 
     def logits_after(text: Any) -> np.ndarray:
         with torch.no_grad():
@@ -66,7 +68,6 @@ def test_smollm2_writes_what_it_writes_in_transformers() -> None:
 
     model = models.load_pretrained(folder)
     # Fewer rows than prompts, so that rows are refilled.
-    options = {"max_new_tokens": NEW_TOKENS, "stop_ids": ends}
-    written = generate(model, prompts, batch_size=16, **options)
+    written = generate(model, prompts, batch_size=16, max_new_tokens=NEW_TOKENS, stop_ids=ends)
     assert {completion.finished for completion in written} == {True, False}
     near_ties(written, wanted, prompts, logits_after)

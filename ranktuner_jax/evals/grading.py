@@ -6,13 +6,15 @@ import concurrent.futures
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
+from ranktuner_jax.errors import UserError
 from ranktuner_jax.evals.benchmarks import Benchmark, Question
 from ranktuner_jax.evals.graders import GRADERS, Grader
 from ranktuner_jax.evals.samples import Sample
 from ranktuner_jax.evals.tasks import make_scorer
 
-__all__ = ["find_grader", "grade_samples"]
+__all__ = ["check_grader", "find_grader", "grade_samples"]
 
 
 def find_grader(name: str) -> Grader:
@@ -27,6 +29,24 @@ def find_grader(name: str) -> Grader:
       True
     """
     return GRADERS[name] if name in GRADERS else make_scorer(name)
+
+
+def check_grader(benchmark: Benchmark, questions: Sequence[Question]) -> None:
+    """Grades an empty answer to the first question, so that nothing is sampled in vain.
+
+    Raises:
+      UserError: If a package or the sandbox of the grader is missing, or it cannot use the
+        reference.
+    """
+    if benchmark.choices is None:
+        _grade(find_grader(benchmark.grader), benchmark.name, 0, "", questions[0].reference)
+
+
+def _grade(grader: Grader, name: str, question: int, completion: str, reference: Any) -> bool:
+    try:
+        return bool(grader(completion, reference))
+    except ValueError as error:
+        raise UserError(f"{name}: question {question}: {error}") from error
 
 
 def grade_samples(
@@ -44,6 +64,9 @@ def grade_samples(
       questions: Its questions.
       samples: Their samples; grades that they have are replaced.
       progress: Called with the number of samples done.
+
+    Raises:
+      UserError: If the grader cannot use a reference.
     """
     if benchmark.choices is not None:
         for sample in samples:
@@ -52,9 +75,11 @@ def grade_samples(
     grader = find_grader(benchmark.grader)
     # Graders that take long wait for processes of their own.
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
-        verdicts = threads.map(lambda sample: grader(sample.completion, sample.reference), samples)
+        verdicts = threads.map(
+            lambda s: _grade(grader, s.task, s.question, s.completion, s.reference), samples
+        )
         for done, (sample, verdict) in enumerate(zip(samples, verdicts, strict=True), 1):
-            yield dataclasses.replace(sample, correct=bool(verdict))
+            yield dataclasses.replace(sample, correct=verdict)
             if progress is not None:
                 progress(done)
 

@@ -17,7 +17,7 @@ from ranktuner_jax import files
 from ranktuner_jax.errors import UserError
 from ranktuner_jax.evals.benchmarks import Benchmark, Question, digest
 from ranktuner_jax.evals.engines import Answer, Choice, Engine, Request, Sampling
-from ranktuner_jax.evals.grading import find_grader, grade_samples
+from ranktuner_jax.evals.grading import check_grader, grade_samples
 from ranktuner_jax.evals.processes import from_first_process
 from ranktuner_jax.evals.samples import Sample, SampleFile
 from ranktuner_jax.evals.scores import Scores, score_samples, which_k
@@ -45,8 +45,7 @@ class Suite:
       report: Shows the progress.
 
     Raises:
-      UserError: If the folder holds an evaluation with other settings or other questions, a k is
-        above the samples, or a grader's package is not installed.
+      UserError: If a k is above the samples, or a grader lacks its package or its sandbox.
     """
 
     def __init__(
@@ -64,9 +63,8 @@ class Suite:
         names = [benchmark.name for benchmark, _ in benchmarks]
         if twice := {name for name in names if names.count(name) > 1}:
             raise UserError(f"--tasks: expected each benchmark once, got {sorted(twice)[0]} twice")
-        for benchmark, _ in benchmarks:
-            if benchmark.choices is None:
-                find_grader(benchmark.grader)
+        for benchmark, questions in benchmarks:
+            check_grader(benchmark, questions)
 
     def run(self, engine: Engine) -> dict[str, Scores]:
         """Answers what is not answered yet, grades it and returns the scores by benchmark.
@@ -78,9 +76,17 @@ class Suite:
         """
         settings = {"sampling": dataclasses.asdict(self._sampling), "engine": engine.description}
         first = jax.process_index() == 0
+        mistake, saved = "", None
         if first:
-            self._claim(settings)
-        with SampleFile(self._folder / SAMPLES) if first else contextlib.nullcontext() as file:
+            try:
+                self._claim(settings)
+                saved = SampleFile(self._folder / SAMPLES)
+            except UserError as error:
+                mistake = str(error)
+        # Of all processes: the others would wait for the first one.
+        if mistake := from_first_process(mistake):
+            raise UserError(mistake)
+        with saved or contextlib.nullcontext() as file:
             for benchmark, questions in self._benchmarks:
                 self._answer(engine, benchmark, questions, file)
         return self.grade() if first else {}

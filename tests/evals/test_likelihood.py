@@ -12,7 +12,8 @@ import tokenizers
 import transformers
 from flax import nnx
 
-from ranktuner_jax.evals import log_likelihoods
+from ranktuner_jax.evals import LocalEngine, Question, log_likelihoods
+from ranktuner_jax.evals.engines import Choice
 from ranktuner_jax.evals.likelihood import encode_continuation
 from ranktuner_jax.models import Decoder, DecoderConfig
 from tests.tolerances import F32
@@ -99,6 +100,18 @@ def test_the_choice_begins_with_the_space_that_its_first_token_has() -> None:
     assert encode_continuation(tokenizer, "Is", " hot") == ([1], [2])
     assert encode_continuation(tokenizer, "Is ", "hot") == ([1], [2])
     assert encode_continuation(tokenizer, "", "Is") == ([0], [1])
+
+
+def test_a_base_model_without_a_chat_template_is_scored_on_choices(model: Decoder) -> None:
+    words = {"?": 0, "Fire": 1, "is": 2, "hot": 3, "cold": 4}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="?"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
+    found: dict[int, Choice] = {}
+    question = Question(0, "Fire is", (), 0, (" hot", " cold"))
+    LocalEngine(model, tokenizer).choose([question], found.__setitem__)
+    one, other = (expected(model, [1, 2], [token])[0] for token in (3, 4))
+    np.testing.assert_allclose(found[0].log_likelihoods, (one, other), **F32)
 
 
 def test_a_sliding_window_is_kept() -> None:

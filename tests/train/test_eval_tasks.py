@@ -158,6 +158,9 @@ def test_questions_that_were_trained_on_are_counted(
         (["--k=many"], "--k: expected numbers separated by commas, got 'many'"),
         (["--limit=0"], "--limit: expected at least 1, got 0"),
         (["--data=nowhere"], "--data: expected a folder or NAME=SOURCE, got 'nowhere'"),
+        (["--data=typo=rows.jsonl"], "--data: expected a name in --tasks="),
+        (["--tasks=math500"], "--grader, --system: expected a file of your own in --tasks"),
+        (["--tasks=", "--config=own_data"], "--output: expected --tasks beside it, got none"),
         (["--tasks=math501"], "--tasks: expected math500, minerva,"),
         (["--grader=taste"], "--grader: expected one of choice, exact, math, number, python"),
         (["--against=nowhere"], "--against: expected the folder of a finished evaluation"),
@@ -177,6 +180,27 @@ def test_a_mistake_is_one_line(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert said in lines[0]
+
+
+def test_a_reference_that_the_grader_cannot_use_is_named_before_anything_is_sampled(
+    tiny_model: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"question": "2+2?", "answer": {"value": 4}}\n')
+    flags = ["--grader=exact", f"--output={tmp_path / 'out'}"]
+    assert cli.main(["eval", f"--model={tiny_model}", f"--tasks={path}", *flags]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("ranktuner: mine: question 0: reference: expected a text, a number")
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_evaluation_in_the_folder_ends_both_of_two_processes(
+    command: list[str], whole: pathlib.Path
+) -> None:
+    arguments = [*command[1:], f"--output={whole}", "--seed=7"]
+    ends = processes.wait(processes.start(arguments, command="eval"), timeout=240)
+    assert [code for code, _ in ends] == [2, 2], ends
+    assert sum("holds an evaluation with sampling.seed 0" in said for _, said in ends) == 1
 
 
 def test_without_data_or_tasks_it_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:

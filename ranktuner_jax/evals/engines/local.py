@@ -29,7 +29,7 @@ class LocalEngine:
 
     Args:
       model: The decoder.
-      tokenizer: Its tokenizer, with a chat template.
+      tokenizer: Its tokenizer; answers need one with a chat template.
       name: What to call the model in results.
       enable_thinking: Passed to the chat template; Qwen3's uses it.
       options: Of `generate`, such as its memory for the cache.
@@ -48,7 +48,7 @@ class LocalEngine:
         **options: Any,
     ) -> None:
         self._model, self._tokenizer, self._options = model, tokenizer, options
-        self._encoder = ChatEncoder(tokenizer, enable_thinking=enable_thinking)
+        self._enable_thinking = enable_thinking
         self.description: Mapping[str, Any] = {
             "engine": "local",
             "model": name,
@@ -59,11 +59,13 @@ class LocalEngine:
         self, requests: Sequence[Request], sampling: Sampling, done: Callable[[int, Answer], None]
     ) -> None:
         """Writes an answer to each request; see `Engine.answer`."""
+        # Here, since choices are scored without a chat template.
+        encoder = ChatEncoder(self._tokenizer, enable_thinking=self._enable_thinking)
         prompts: dict[int, list[int]] = {}
         for question, _ in requests:
             if question.index not in prompts:
                 try:
-                    prompts[question.index] = self._encoder.encode_prompt(question.messages)
+                    prompts[question.index] = encoder.encode_prompt(question.messages)
                 except BadRowError as error:
                     raise UserError(f"question {question.index}: {error}") from error
 

@@ -57,6 +57,11 @@ def run(args: argparse.Namespace) -> int:
                 "expected --workdir or --config, whose held-out data to use, or --tasks, got none; "
                 "see ranktuner eval --help"
             )
+        if not args.tasks and (stray := eval_tasks.given(args)):
+            raise UserError(
+                f"--{stray[0]}: expected --tasks beside it, got none; name benchmarks, or leave it "
+                "out"
+            )
         config = flags.read_config_and_connect(args)
         keep_compiled()
         config = dataclasses.replace(

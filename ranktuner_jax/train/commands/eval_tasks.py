@@ -23,7 +23,7 @@ from ranktuner_jax.train.config import TrainConfig
 from ranktuner_jax.train.run import Run
 from ranktuner_jax.train.runtime.preemption import StopNotice, Stopped
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["add_arguments", "given", "run"]
 
 PREEMPTED = 75
 
@@ -88,6 +88,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--base_url", help="of an OpenAI-compatible server, with --engine=openai")
 
 
+def given(args: argparse.Namespace) -> list[str]:
+    """The names of the flags that do nothing without `--tasks` and are not at their defaults."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    defaults = vars(parser.parse_args([]))
+    del defaults["tasks"]
+    return [name for name, default in defaults.items() if getattr(args, name) != default]
+
+
 def run(args: argparse.Namespace, config: TrainConfig) -> int:
     """Evaluates the benchmarks, and prints a table."""
     if not args.output:
@@ -104,15 +113,23 @@ def run(args: argparse.Namespace, config: TrainConfig) -> int:
         raise UserError(f"--limit: expected at least 1, got {args.limit}")
     sources = _sources(args.data)
     tasks = []
-    for name in args.tasks.split(","):
-        benchmark = evals.find_benchmark(name.strip(), grader=args.grader, system=args.system)
+    names = [name.strip() for name in args.tasks.split(",")]
+    if (args.grader or args.system) and all(name in evals.BENCHMARKS for name in names):
+        raise UserError(
+            "--grader, --system: expected a file of your own in --tasks, got benchmarks, which "
+            "have theirs; leave them out"
+        )
+    if unknown := sorted(set(sources) - {"", *names}):
+        raise UserError(f"--data: expected a name in --tasks={args.tasks}, got {unknown[0]!r}")
+    for name in names:
+        benchmark = evals.find_benchmark(name, grader=args.grader, system=args.system)
         tasks.append((benchmark, evals.read_questions(benchmark, sources, args.limit)))
     against = _read_against(args.against, tasks) if args.against else {}
     first = jax.process_index() == 0
     with _progress(first) as report:
         suite = evals.Suite(tasks, sampling, args.output, ks=_numbers(args.k), report=report)
         if args.regrade:
-            scores = suite.grade()
+            scores = suite.grade() if first else {}
         else:
             engine = _engine(args, config)
             try:

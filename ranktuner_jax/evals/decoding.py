@@ -123,13 +123,8 @@ def prefill(
     tokens, lengths, asked = _placed((tokens, lengths, asked), model.mesh)
     rows, width = tokens.shape
     positions = jnp.arange(width)[None, :] - (width - lengths)[:, None]
-    hidden, cache = model(
-        tokens,
-        jnp.maximum(positions, 0),
-        (positions >= 0).astype(jnp.int32),
-        cache=model.init_cache(rows, width),
-        layers=weights.layers,
-    )
+    segment_ids = (positions >= 0).astype(jnp.int32)
+    hidden, cache = model.prefill(tokens, jnp.maximum(positions, 0), segment_ids)
     first = jnp.zeros(rows, jnp.int32)
     token = choose(model.logits(hidden[:, -1]), rule, _keys(seed, asked), first)
     return _placed(Prefilled(cache, token, lengths, asked), model.mesh)

@@ -236,7 +236,7 @@ class _Sizes(NamedTuple):
         if model.mesh is not None:
             spec = partition.spec(model.mesh, ("batch", "kv_heads"), shape)
             shape = NamedSharding(model.mesh, spec).shard_shape(shape)
-        size = 2 * c.num_layers * math.prod(shape) * model.dtype.itemsize
+        size = 2 * c.num_layers * math.prod(shape) * model.cache_dtype.itemsize
         fitting = int(cache_gb * 1e9 / size) * together
         if not fitting:
             raise UserError(

@@ -15,7 +15,14 @@ from ranktuner_jax.models import partition
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
-__all__ = ["IMPLEMENTATIONS", "TokenPositions", "attend", "choose_implementation"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "TokenPositions",
+    "attend",
+    "attend_cached",
+    "choose_implementation",
+    "platform",
+]
 
 IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")
 
@@ -58,13 +65,17 @@ def choose_implementation(
         )
     if requested != "auto":
         return requested
-    # A mesh may be of devices that this process only compiles for.
-    platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
-    if platform == "tpu" and length % _SPLASH_BLOCK == 0:
+    kind = platform(mesh)
+    if kind == "tpu" and length % _SPLASH_BLOCK == 0:
         return "splash"
-    if platform in ("gpu", "cuda") and jnp.dtype(dtype).itemsize == 2:
+    if kind in ("gpu", "cuda") and jnp.dtype(dtype).itemsize == 2:
         return "cudnn"
     return "xla"
+
+
+def platform(mesh: Mesh | None) -> str:
+    """The platform of the mesh's devices, which this process may only compile for."""
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 
 def attend(
@@ -118,6 +129,40 @@ def attend(
     return _xla(q, k, v, mask, scale)
 
 
+def attend_cached(
+    q: Float[Array, "B T H d"],
+    keys: Float[Array, "B K d S"],
+    values: Float[Array, "B K S d"],
+    query_positions: TokenPositions,
+    key_positions: TokenPositions,
+    *,
+    windows: Sequence[int | None] = (None,),
+    choice: Int[Array, ""] | None = None,
+    scale: float | None = None,
+) -> Float[Array, "B T H d"]:
+    """What `attend` does, over keys and values in the order that its products read.
+
+    Keys and values may have more precision than queries (see `Decoder.cache_dtype`): the products
+    are then exact in theirs, and sums are float32 anyway. Nothing takes its gradient.
+
+    Example:
+      >>> x = jnp.ones((1, 3, 1, 4))
+      >>> tokens = TokenPositions(jnp.array([[0, 1, 0]]), jnp.array([[1, 1, 2]]))
+      >>> cached = x.transpose(0, 2, 3, 1), x.swapaxes(1, 2)
+      >>> attend_cached(x, *cached, tokens, tokens).shape
+      (1, 3, 1, 4)
+    """
+    batch, length, _, dim = q.shape
+    scale = dim**-0.5 if scale is None else scale
+    mask = _mask(query_positions, key_positions, windows, choice)
+    grouped = q.reshape(batch, length, keys.shape[1], -1, dim)
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    scores = product("btkgd,bkds->bktgs", grouped.astype(keys.dtype), keys)
+    weights = _softmax(scores, mask, scale).astype(q.dtype).astype(values.dtype)
+    mixed = product("bktgs,bksd->bktgd", weights, values).astype(q.dtype)
+    return mixed.transpose(0, 2, 1, 3, 4).reshape(q.shape)
+
+
 def _mask(
     queries: TokenPositions,
     keys: TokenPositions,
@@ -138,11 +183,15 @@ def _xla(q: Array, k: Array, v: Array, mask: Array, scale: float) -> Array:
     grouped = q.reshape(batch, length, k.shape[2], heads // k.shape[2], dim)
     # Axes in the order that the matmul produces, which saves a transpose of the scores.
     scores = jnp.einsum("btkgd,bskd->bktgs", grouped, k, preferred_element_type=jnp.float32)
+    weights = _softmax(scores, mask, scale).astype(v.dtype)
+    return jnp.einsum("bktgs,bskd->bktgd", weights, v).transpose(0, 2, 1, 3, 4).reshape(q.shape)
+
+
+def _softmax(scores: Array, mask: Array, scale: float) -> Array:
+    """Of scores [B, K, T, G, S], where the mask [B, T, S] holds."""
     # Finite, for the rows of an empty cache that see nothing.
     lowest = jnp.finfo(jnp.float32).min
-    scores = jnp.where(mask[:, None, :, None, :], scores * scale, lowest)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bktgs,bskd->bktgd", weights, v).transpose(0, 2, 1, 3, 4).reshape(q.shape)
+    return jax.nn.softmax(jnp.where(mask[:, None, :, None, :], scores * scale, lowest), axis=-1)
 
 
 def _splash(

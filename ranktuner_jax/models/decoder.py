@@ -242,6 +242,16 @@ class Decoder(nnx.Module):
         )
         return logits[..., : self.vocab_size]
 
+    @property
+    def cache_dtype(self) -> jnp.dtype:
+        """The dtype of keys and values in a cache.
+
+        On CPUs float32, which holds 16-bit ones exactly: XLA:CPU writes a token into a 16-bit
+        array by converting all of it there and back, which takes longer than reading twice as much.
+        """
+        platform = attention.platform(self.mesh)
+        return jnp.dtype(jnp.float32) if platform == "cpu" else self.dtype
+
     def init_cache(self, batch_size: int, max_length: int, dtype: DTypeLike | None = None) -> Cache:
         """An empty cache for `batch_size` rows of up to `max_length` tokens, padding included."""
         c = self.config
@@ -250,7 +260,7 @@ class Decoder(nnx.Module):
 
         def empty(*axes: str) -> tuple[Array, ...]:
             shape = [sizes[axis] for axis in axes]
-            arrays = (jnp.zeros(shape, dtype or self.dtype) for _ in range(c.num_layers))
+            arrays = (jnp.zeros(shape, dtype or self.cache_dtype) for _ in range(c.num_layers))
             return tuple(partition.constrain(array, self.mesh, *axes) for array in arrays)
 
         keys = empty("batch", "kv_heads", "head_dim", "time")
@@ -292,69 +302,100 @@ class Decoder(nnx.Module):
         if positions is None:
             positions = _count_positions(segment_ids, cache)
         new = TokenPositions(positions, segment_ids)
+        if cache is None:
+            return self._finish(self._scan(tokens, new)[0])
+        x, cache = self._layers_cached(self._embedded(tokens), new, cache, layers)
+        return self._finish(x), cache
+
+    def prefill(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """Hidden states as a call without a cache computes them, and a cache of these T tokens.
+
+        A call with an empty cache gives the same; this one compiles one layer, not all, and uses
+        the device's attention kernel.
+        """
+        new = TokenPositions(positions, segment_ids)
+        x, (keys, values) = self._scan(tokens, new, keep=True)
+        cache = Cache(
+            keys=tuple(k.transpose(0, 2, 3, 1).astype(self.cache_dtype) for k in keys),
+            values=tuple(v.swapaxes(1, 2).astype(self.cache_dtype) for v in values),
+            positions=positions,
+            segment_ids=segment_ids,
+            index=jnp.asarray(tokens.shape[1], jnp.int32),
+        )
+        return self._finish(x), cache
+
+    def _embedded(self, tokens: Array) -> Array:
         # Under FSDP gather the matrix: a lookup in divided columns would gather the batch instead.
         embed = partition.constrain(self.embed[...], self.mesh, "vocab", "features")
         # The lookup precedes the cast, so that its gradient, a scatter, has the parameter's dtype.
         x = self._constrain(embed.at[tokens].get(mode="clip").astype(self.dtype))
         if self.config.scale_embeddings:
             x = x * jnp.asarray(self.config.hidden_size**0.5, self.dtype)
-        if cache is None:
-            x = self._scan(x, new)
-        else:
-            x, cache = self._layers_cached(x, new, cache, layers)
-        hidden = _rms_norm(x, self.final_norm[...], self.config)
-        return hidden if cache is None else (hidden, cache)
+        return x
+
+    def _finish(self, x: Array) -> Array:
+        return _rms_norm(x, self.final_norm[...], self.config)
 
     def _constrain(self, x: Array) -> Array:
         return partition.constrain(x, self.mesh, "batch", "time", "features")
 
     def _variants(
         self, new: TokenPositions
-    ) -> tuple[_Choice, Callable[..., tuple[Array, Array]], Callable[..., Array]]:
-        """What layers may differ in: each one's choice, and the functions that it is given to.
+    ) -> tuple[_Choice, Callable[..., tuple[Array, Array]], dict[str, Any]]:
+        """What layers may differ in: each one's choice, and what it chooses from.
 
         Returns:
-          The choices `[L]`; `tables(choice)`, the rotary tables of the new tokens; and attention
-          with its windows.
+          The choices `[L]`; `tables(choice)`, the rotary tables of the new tokens; and the
+          options of attention.
         """
         c = self.config
         ropes, rope_choice = _distinct(c.ropes or (c.rope,))
         windows, window_choice = _distinct(c.windows or (None,))
-        options = [
+        rotary = [
             rope.rotary_tables(one, new.positions, c.head_dim, c.max_positions) for one in ropes
         ]
-        cosines, sines = (jnp.stack(tables) for tables in zip(*options, strict=True))
+        cosines, sines = (jnp.stack(tables) for tables in zip(*rotary, strict=True))
 
         def tables(choice: _Choice) -> tuple[Array, Array]:
             if choice.rope is None:
-                return options[0]
+                return rotary[0]
             return cosines[choice.rope], sines[choice.rope]
 
-        attend = functools.partial(attention.attend, windows=windows, scale=c.attention_scale)
-        return _Choice(window_choice, rope_choice), tables, attend
+        options = {"windows": windows, "scale": c.attention_scale}
+        return _Choice(window_choice, rope_choice), tables, options
 
-    def _scan(self, x: Array, new: TokenPositions) -> Array:
+    def _scan(self, tokens: Array, new: TokenPositions, *, keep: bool = False) -> tuple[Array, Any]:
+        """All layers; and each one's keys and values, `[L, B, T, K, d]`, if they are to be kept."""
         kernel = attention.choose_implementation(
-            self.attention, length=x.shape[1], dtype=self.dtype, mesh=self.mesh
+            self.attention, length=tokens.shape[1], dtype=self.dtype, mesh=self.mesh
         )
         graph, params = nnx.split(self.layers)
-        choices, tables, attend = self._variants(new)
+        choices, tables, options = self._variants(new)
 
-        def layer(x: Array, xs: tuple[nnx.State, _Choice]) -> tuple[Array, None]:
+        def layer(x: Array, xs: tuple[nnx.State, _Choice]) -> tuple[Array, Any]:
             params, choice = xs
             block = nnx.merge(graph, params)
             x = self._constrain(x)
             q, k, v = block.heads(x, tables(choice))
-            mixed = attend(
-                q, k, v, new, new, choice=choice.window, implementation=kernel, mesh=self.mesh
+            mixed = attention.attend(
+                *(q, k, v, new, new),
+                choice=choice.window,
+                implementation=kernel,
+                mesh=self.mesh,
+                **options,
             )
-            return block.add(x, mixed, self.mesh), None
+            return block.add(x, mixed, self.mesh), (k, v) if keep else None
 
         step: Callable[..., Any] = layer
         if (policy := REMAT_POLICIES[self.remat]) is not None:
             step = jax.checkpoint(step, policy=policy, prevent_cse=False)
-        x, _ = jax.lax.scan(step, x, (params, choices))
-        return self._constrain(x)
+        x, kept = jax.lax.scan(step, self._embedded(tokens), (params, choices))
+        return self._constrain(x), kept
 
     def split_layers(self) -> list[nnx.State]:
         """The parameters of each layer, for calls with a cache: a loop of them slices none."""
@@ -368,7 +409,7 @@ class Decoder(nnx.Module):
         self, x: Array, new: TokenPositions, cache: Cache, layers: Sequence[nnx.State] | None
     ) -> tuple[Array, Cache]:
         graph, _ = nnx.split(self.layers)
-        choices, tables, attend = self._variants(new)
+        choices, tables, options = self._variants(new)
         cache = cache.add_positions(new)
         cached = TokenPositions(cache.positions, cache.segment_ids)
         keys, values = list(cache.keys), list(cache.values)
@@ -381,14 +422,10 @@ class Decoder(nnx.Module):
             update = jax.lax.dynamic_update_slice_in_dim
             keys[i] = update(keys[i], k.astype(keys[i].dtype), cache.index, axis=3)
             values[i] = update(values[i], v.astype(values[i].dtype), cache.index, axis=2)
-            mixed = attend(
-                q,
-                keys[i].transpose(0, 3, 1, 2).astype(q.dtype),
-                values[i].swapaxes(1, 2).astype(q.dtype),
-                new,
-                cached,
+            mixed = attention.attend_cached(
+                *(q, keys[i], values[i], new, cached),
                 choice=choice.window,
-                implementation="xla",
+                **options,
             )
             x = block.add(x, mixed, self.mesh)
         index = cache.index + x.shape[1]

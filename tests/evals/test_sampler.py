@@ -177,6 +177,10 @@ class CountingDecoder(Decoder):
         jax.debug.callback(widths.append, tokens.shape[1])
         return super().__call__(tokens, *args, **kwargs)
 
+    def prefill(self, tokens: jax.Array, *args: Any) -> Any:
+        jax.debug.callback(widths.append, tokens.shape[1])
+        return super().prefill(tokens, *args)
+
 
 widths: list[int] = []
 

@@ -133,6 +133,30 @@ def test_decoding_with_a_cache_matches_the_whole_row(model: models.Decoder, side
     assert int(cache.index) == 11
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_prefill_is_a_call_with_an_empty_cache(dtype: str) -> None:
+    windowed = dataclasses.replace(CONFIG, windows=(3, None))
+    model = models.Decoder(windowed, rngs=nnx.Rngs(0), dtype=dtype)
+    segments = np.ones((2, 5), np.int32)
+    segments[1, :3] = 0
+    positions = np.maximum(np.cumsum(segments, axis=1) - 1, 0).astype(np.int32)
+    inputs = (TOKENS[:, :5], positions, segments)
+    hidden, cache = call(model, *inputs, cache=model.init_cache(2, 5))
+    read, filled = nnx.jit(lambda model, *inputs: model.prefill(*inputs))(model, *inputs)
+    tolerance = F32 if dtype == "float32" else {"atol": 0.05}
+    real = segments == 1
+    np.testing.assert_allclose(
+        *(np.asarray(x, np.float32)[real] for x in (read, hidden)), **tolerance
+    )
+    for name, axis in (("keys", 3), ("values", 2)):
+        for one, other in zip(getattr(filled, name), getattr(cache, name), strict=True):
+            assert one.dtype == other.dtype == model.cache_dtype
+            pair = (np.moveaxis(np.asarray(x, np.float32), axis, 1)[real] for x in (one, other))
+            np.testing.assert_allclose(*pair, **tolerance)
+    assert (np.asarray(filled.positions) == np.asarray(cache.positions)).all()
+    assert int(filled.index) == int(cache.index) == 5
+
+
 @pytest.fixture(scope="module")
 def plain() -> Differentiated:
     """On one device, everything stored."""

@@ -29,9 +29,9 @@ _LEAST_ROOM = 8
 # A share of the rows, which is replaced at once: fewer prompts a pass waste more time between
 # passes, and more of them leave more rows idle.
 _REFILL_SHARE = 1 / 8
-# Widths of prompts, and lengths of the cache, that programs are compiled for, and what divides
-# them.
-_SIZES, _MULTIPLE = 4, 32
+# How many widths of prompts, and lengths of the cache, programs are compiled for, and what divides
+# them. A program that writes takes longer to compile than one that reads.
+_WIDTHS, _LENGTHS, _MULTIPLE = 8, 4, 32
 
 
 class Completion(NamedTuple):
@@ -91,8 +91,8 @@ def generate(
     and random numbers are drawn by `seed`, the prompt's key and the number of tokens written. Only
     roundings differ between batches, which matters where two tokens are all but equally likely.
 
-    Prompts are padded to one of four widths and the cache has one of four lengths, so that a call
-    compiles at most four programs that read prompts and four that write, and a few that copy.
+    Prompts are padded to one of eight widths and the cache has one of four lengths, so that a call
+    compiles at most eight programs that read prompts and four that write, and a few that copy.
     Later calls with the same sizes use them again.
 
     Over a mesh (`model.mesh`) the cache is divided over its batch axes, and heads over `tensor` if
@@ -227,8 +227,8 @@ class _Sizes(NamedTuple):
         cache_gb: float,
     ) -> _Sizes:
         longest = max(prompt_lengths)
-        widths = cls._steps(longest)
-        lengths = cls._steps(widths[-1] + max_new_tokens)
+        widths = cls._steps(longest, _WIDTHS)
+        lengths = cls._steps(widths[-1] + max_new_tokens, _LENGTHS)
         # Of one row on each of the devices that the batch is divided over.
         together = divisible(1, model.mesh)
         c = model.config
@@ -248,8 +248,8 @@ class _Sizes(NamedTuple):
         return cls(rows, divisible(math.ceil(rows * _REFILL_SHARE), model.mesh), widths, lengths)
 
     @staticmethod
-    def _steps(largest: int) -> tuple[int, ...]:
-        sizes = {_round_up(largest * (step + 1) / _SIZES, _MULTIPLE) for step in range(_SIZES)}
+    def _steps(largest: int, count: int) -> tuple[int, ...]:
+        sizes = {_round_up(largest * (step + 1) / count, _MULTIPLE) for step in range(count)}
         return tuple(sorted(sizes))
 
 

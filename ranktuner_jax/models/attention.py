@@ -139,6 +139,7 @@ def attend_cached(
     windows: Sequence[int | None] = (None,),
     choice: Int[Array, ""] | None = None,
     scale: float | None = None,
+    mesh: Mesh | None = None,
 ) -> Float[Array, "B T H d"]:
     """What `attend` does, over keys and values in the order that its products read.
 
@@ -155,12 +156,21 @@ def attend_cached(
     batch, length, _, dim = q.shape
     scale = dim**-0.5 if scale is None else scale
     mask = _mask(query_positions, key_positions, windows, choice)
-    grouped = q.reshape(batch, length, keys.shape[1], -1, dim)
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    scores = product("btkgd,bkds->bktgs", grouped.astype(keys.dtype), keys)
+    grouped = q.reshape(batch, length, keys.shape[1], -1, dim).swapaxes(1, 2)
+    # XLA:CPU divides sums of products over more threads than small matrix products.
+    product = _sums if length == 1 and platform(mesh) == "cpu" else _matmul
+    scores = product(grouped.astype(keys.dtype), keys)
     weights = _softmax(scores, mask, scale).astype(q.dtype).astype(values.dtype)
-    mixed = product("bktgs,bksd->bktgd", weights, values).astype(q.dtype)
+    mixed = product(weights, values).astype(q.dtype)
     return mixed.transpose(0, 2, 1, 3, 4).reshape(q.shape)
+
+
+def _matmul(a: Float[Array, "B K T G I"], b: Float[Array, "B K I O"]) -> Float[Array, "B K T G O"]:
+    return jnp.einsum("bktgi,bkio->bktgo", a, b, preferred_element_type=jnp.float32)
+
+
+def _sums(a: Float[Array, "B K T G I"], b: Float[Array, "B K I O"]) -> Float[Array, "B K T G O"]:
+    return jnp.sum(a[..., None] * b[:, :, None, None], axis=4, dtype=jnp.float32)
 
 
 def _mask(

@@ -425,6 +425,7 @@ class Decoder(nnx.Module):
             mixed = attention.attend_cached(
                 *(q, keys[i], values[i], new, cached),
                 choice=choice.window,
+                mesh=self.mesh,
                 **options,
             )
             x = block.add(x, mixed, self.mesh)

@@ -291,8 +291,8 @@ def test_programs_are_compiled_for_few_sizes_and_not_for_each_way_to_divide_thei
     prompts = [prompt * 3 for prompt in many]
     options: dict[str, Any] = {"max_new_tokens": 60, "stop_ids": [0, 1], "batch_size": 8}
     messages = compiled(lambda: generate(model, prompts, **options))
-    for program in ("prefill", "decode"):
-        assert 1 < sum(f"jit({program})" in message for message in messages) <= 4
+    for program, most in (("prefill", 8), ("decode", 4)):
+        assert 1 < sum(f"jit({program})" in message for message in messages) <= most
 
 
 def test_progress_counts_prompts_and_tokens(model: Decoder) -> None:

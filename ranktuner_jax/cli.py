@@ -22,6 +22,14 @@ COMMANDS = {
         "fine-tune a model, and evaluate it before and after",
     ),
     "eval": ("ranktuner_jax.train.commands.eval", "evaluate a model on held-out conversations"),
+    "audit": (
+        "ranktuner_jax.train.commands.audit",
+        "score a data set token by token, and show what each weighting does to it",
+    ),
+    "noise": (
+        "ranktuner_jax.train.commands.noise",
+        "measure how much injected noise the weights let through",
+    ),
     "export": (
         "ranktuner_jax.train.commands.export",
         "write a run's checkpoint as a Hugging Face folder",
@@ -38,6 +46,7 @@ COMMANDS = {
     "bench model": ("ranktuner_jax.bench.model", "measure time and memory of the model"),
     "bench train": ("ranktuner_jax.bench.train", "measure time and memory of a training step"),
     "bench data": ("ranktuner_jax.bench.data", "measure the speed of the input pipeline"),
+    "bench audit": ("ranktuner_jax.bench.audit", "measure the speed of an audit"),
     "bench sample": ("ranktuner_jax.bench.sample", "measure the speed of the sampler"),
 }
 

@@ -18,9 +18,10 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"errors", "files"},
     "data": {"errors", "files"},
     "evals": {"errors", "files", "losses", "models", "data"},
-    "train": {"errors", "files", "losses", "models", "data", "evals"},
-    "bench": {"errors", "losses", "models", "data", "evals", "train"},
-    "cli": {"errors", "losses", "models", "data", "evals", "train", "bench"},
+    "diagnostics": {"errors", "files", "losses", "models", "data", "evals"},
+    "train": {"errors", "files", "losses", "models", "data", "evals", "diagnostics"},
+    "bench": {"errors", "losses", "models", "data", "evals", "diagnostics", "train"},
+    "cli": {"errors", "losses", "models", "data", "evals", "diagnostics", "train", "bench"},
     "configs": set(),
 }
 HEAVY = {"flax", "orbax", "transformers", "tensorflow_datasets", "optax", "grain", "safetensors"}

@@ -30,7 +30,7 @@ Example:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +81,7 @@ def load_rows(
     split: str | None = None,
     seed: int = 0,
     min_rows: int = 1,
+    limit: int | None = None,
 ) -> Rows:
     """Reads, tokenizes and packs a split.
 
@@ -94,6 +95,8 @@ def load_rows(
       seed: Determines which conversations share a row.
       min_rows: If packing would give fewer rows than this (the batch size), each conversation
         gets its own row.
+      limit: Read only about so many conversations, the first ones; all if None. A mixture's
+        sources contribute in proportion to their weights.
 
     Returns:
       The rows, with a summary.
@@ -105,14 +108,15 @@ def load_rows(
     encoder = ChatEncoder(tokenizer, enable_thinking=config.enable_thinking)
     summary = Summary(config.row_length)
     chats: list[TokenizedChat] = []
+    mixture = config.mixture or ((config.source, 1.0),)
     bounds: list[tuple[int, int, float]] = []
     # Of a sample that is refused or dropped for its length, nothing but its length is needed.
     max_tokens = None if config.too_long == "truncate" else config.row_length + 1
-    for source, weight in config.mixture or ((config.source, 1.0),):
+    for source, weight in mixture:
         first = len(chats)
-        for conversation, samples in _tokenized(
-            config, source, split or config.split, encoder, summary, max_tokens
-        ):
+        pairs = _tokenized(config, source, split or config.split, encoder, summary, max_tokens)
+        share = _share(limit, weight, mixture)
+        for conversation, samples in itertools.islice(pairs, share):
             for sample in samples:
                 chats += _fit(sample, conversation.where, config, summary)
         if len(chats) == first:
@@ -134,7 +138,23 @@ def load_rows(
     summary.tokens = int(summary.lengths.sum())
     summary.supervised = sum(int(chat.mask[1:].sum()) for chat in chats)
     summary.rows = len(groups)
-    return Rows(chats, groups, row_length=config.row_length, summary=summary, parts=parts)
+    return Rows(
+        chats,
+        groups,
+        row_length=config.row_length,
+        summary=summary,
+        parts=parts,
+        sources=[
+            (source, last - first)
+            for (source, _), (first, last, _) in zip(mixture, bounds, strict=True)
+        ],
+    )
+
+
+def _share(limit: int | None, weight: float, mixture: Sequence[tuple[str, float]]) -> int | None:
+    """How many conversations a source of a mixture contributes."""
+    total = sum(weight for _, weight in mixture)
+    return None if limit is None else max(1, round(limit * weight / total))
 
 
 def _packed(lengths: list[int], first: int, config: DataConfig, seed: int) -> list[list[int]]:
@@ -166,13 +186,11 @@ def load_examples(
     """
     encoder = ChatEncoder(tokenizer, enable_thinking=config.enable_thinking)
     mixture = config.mixture or ((config.source, 1.0),)
-    total = sum(weight for _, weight in mixture)
     examples: list[Example] = []
     for source, weight in mixture:
-        share = None if limit is None else max(1, round(limit * weight / total))
         summary = Summary(config.row_length)
         pairs = _tokenized(config, source, split, encoder, summary)
-        for conversation, samples in itertools.islice(pairs, share):
+        for conversation, samples in itertools.islice(pairs, _share(limit, weight, mixture)):
             last = samples[-1]
             assert isinstance(last, TokenizedChat)  # Nothing is too long without a limit.
             prompt, completion = last.split_last_turn()

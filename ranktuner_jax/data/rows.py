@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import zlib
@@ -31,6 +32,10 @@ class Rows:
       row_length: T.
       summary: Counts of the conversations and rows.
       parts: For a mixture, the number of rows and the weight of each source, in order.
+      sources: The name of each source and the number of its conversations, in order.
+
+    Attributes:
+      sources: As given.
 
     Example:
       >>> chats = [TokenizedChat(np.array([5, 6, 7]), np.array([0, 0, 1])),
@@ -52,6 +57,7 @@ class Rows:
         row_length: int,
         summary: Summary,
         parts: Sequence[tuple[int, float]] = (),
+        sources: Sequence[tuple[str, int]] = (),
     ):
         lengths = [len(chat.tokens) for chat in chats]
         self._offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
@@ -59,6 +65,7 @@ class Rows:
         self._weights = np.concatenate([chat.weights for chat in chats])
         self._groups = groups
         self._parts = parts or [(len(groups), 1.0)]
+        self.sources = sources or [("", len(chats))]
         self.row_length = row_length
         self.summary = summary
 
@@ -77,12 +84,37 @@ class Rows:
           indices: Row numbers; -1 gives a row of padding, to complete the last batch of a pass
             over all rows.
         """
-        shape = (len(indices), self.row_length)
+        batch = self.lay_out([self._groups[index] if index >= 0 else () for index in indices])
+        return dataclasses.replace(batch, row_index=np.array(indices, np.int32))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64, the positions that each conversation takes: its tokens less one."""
+        return np.diff(self._offsets) - 1
+
+    @property
+    def largest_id(self) -> int:
+        """The largest token id."""
+        return int(self._tokens.max())
+
+    def conversation(self, index: int) -> TokenizedChat:
+        """A conversation by its number, in the order of the data."""
+        here = slice(*self._offsets[index : index + 2])
+        return TokenizedChat(self._tokens[here], self._weights[here])
+
+    def lay_out(self, groups: Sequence[Sequence[int]]) -> Batch[np.ndarray]:
+        """A batch [B, T] of rows that hold the given conversations, whatever rows there are.
+
+        Args:
+          groups: For each row, the numbers of its conversations, in the order of the data; row b
+            holds `groups[b][s - 1]` where its segment id is s. An empty one gives padding.
+        """
+        shape = (len(groups), self.row_length)
         tokens, labels, positions, segment_ids = (np.zeros(shape, np.int32) for _ in range(4))
         token_weights = np.zeros(shape, np.float32)
-        for b, index in enumerate(indices):
+        for b, group in enumerate(groups):
             at = 0
-            for segment, chat in enumerate(self._groups[index] if index >= 0 else (), 1):
+            for segment, chat in enumerate(group, 1):
                 first, last = self._offsets[chat], self._offsets[chat + 1] - 1
                 here = slice(at, at := at + int(last - first))
                 tokens[b, here] = self._tokens[first:last]
@@ -97,7 +129,7 @@ class Rows:
             positions=positions,
             segment_ids=segment_ids,
             token_weights=token_weights,
-            row_index=np.array(indices, np.int32),
+            row_index=np.arange(len(groups), dtype=np.int32),
         )
 
     def order(self, seed: int) -> grain.MapDataset[int]:

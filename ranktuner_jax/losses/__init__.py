@@ -20,7 +20,7 @@ from ranktuner_jax.losses.methods import (
 )
 from ranktuner_jax.losses.plan import default_chunk_size
 from ranktuner_jax.losses.ranktuner import RankTuner, relative_rank
-from ranktuner_jax.losses.sharded import sharded_weighted_nll
+from ranktuner_jax.losses.sharded import sharded_token_stats, sharded_weighted_nll
 from ranktuner_jax.losses.stats import TokenStats, token_stats
 from ranktuner_jax.losses.sums import HISTOGRAM_EDGES, LossOutput, summarize
 from ranktuner_jax.losses.weighting import Weighting
@@ -44,6 +44,7 @@ __all__ = [
     "fused_token_stats",
     "fused_weighted_nll",
     "relative_rank",
+    "sharded_token_stats",
     "sharded_weighted_nll",
     "summarize",
     "token_stats",

@@ -126,8 +126,7 @@ def local_weighted_nll(
     plan = Plan.of(options, operands, tokens.labels.size, weighting.requires)
     batch_stat = None
     if weighting.uses_batch_statistic:
-        first_pass = dataclasses.replace(plan, weighting=SFT(), fields=frozenset())
-        nll = _local_token_stats(first_pass, operands, tokens).nll
+        nll = local_token_stats(options, operands, tokens).nll
         batch_stat = weighting.batch_statistic(
             nll, tokens.mask, tokens.sequence_ids, options.axis_name
         )
@@ -181,12 +180,15 @@ def fused_token_stats(
     tokens = TokenInputs.of("hidden", hidden, labels, mask)
     operands = Operands.of(hidden, unembed, bias)
     options = FusedOptions(SFT(), chunk_size, logit_cap, vocab_size)
-    plan = Plan.of(options, operands, labels.size, fields)
-    return _local_token_stats(plan, operands, tokens)
+    return local_token_stats(options, operands, tokens, fields)
 
 
-def _local_token_stats(plan: Plan, operands: Operands, tokens: TokenInputs) -> TokenStats:
+def local_token_stats(
+    options: FusedOptions, operands: Operands, tokens: TokenInputs, fields: Collection[str] = ()
+) -> TokenStats:
     """`fused_token_stats`, where `unembed` may be one device's rows of the vocabulary."""
+    options = dataclasses.replace(options, weighting=SFT())
+    plan = Plan.of(options, operands, tokens.labels.size, fields)
     tokens = dataclasses.replace(tokens, token_weights=None)
     operands = lax.stop_gradient(operands)
     inputs = LossInputs.of(operands, tokens, None, 1.0, plan.projection.vocab_axis)

@@ -290,3 +290,36 @@ def test_axes_of_one_device_cost_nothing() -> None:
 
     text, _ = compiled(jax.value_and_grad(total, argnums=(0, 1)), *inputs)
     assert not COLLECTIVE.search(text)
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec"),
+    [
+        ((8, 1, 1), P()),
+        ((1, 8, 1), P("fsdp")),
+        ((1, 1, 8), P("tensor")),
+        ((2, 2, 2), P("tensor", "fsdp")),
+    ],
+    ids=str,
+)
+def test_statistics_over_a_mesh_are_those_of_one_device(shape: tuple[int, ...], spec: P) -> None:
+    fields = ("expected_rank", "topk_entropy", "collision")
+    options: dict[str, Any] = {"fields": fields, "chunk_size": 3, "vocab_size": VOCAB}
+    stats = losses.sharded_token_stats(
+        make_mesh(*shape),
+        batch_axes=BATCH_AXES,
+        vocab_axis="tensor" if shape[2] > 1 else None,
+        unembed_spec=spec,
+        **options,
+    )
+    actual = jax.jit(stats)(*PROBLEM.inputs)
+    expected = losses.fused_token_stats(*map(jnp.asarray, PROBLEM.inputs), **options)
+    np.testing.assert_array_equal(actual.rank, expected.rank)
+    assert not np.asarray(actual.rank)[~PROBLEM.mask].any()
+    for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, **F32)
+
+
+def test_statistics_over_a_mesh_refuse_an_unknown_field() -> None:
+    with pytest.raises(ValueError, match="fields must be among"):
+        losses.sharded_token_stats(make_mesh(8, 1, 1), batch_axes="data", fields=["median"])

@@ -55,7 +55,19 @@ def run(args: argparse.Namespace) -> int:
         return PREEMPTED
     if first:
         _show(result)
+        _write_report(args.workdir)
     return FINISHED
+
+
+def _write_report(workdir: str) -> None:
+    """Writes report.html; a run that has finished does not fail for want of a page."""
+    try:
+        # Altair takes a second to import, which a run that is refused should not wait for.
+        from ranktuner_jax.diagnostics.report import write_training_report
+
+        print(f"{'report:':<13}{write_training_report(workdir)}")
+    except Exception as error:
+        print(f"report.html was not written: {type(error).__name__}: {error}", file=sys.stderr)
 
 
 def _show(result: RunResult) -> None:

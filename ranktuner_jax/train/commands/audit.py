@@ -1,0 +1,222 @@
+"""Score a data set token by token, without training: what each weighting would do to it.
+
+ranktuner audit --config.data.source=rows.jsonl --output=audits/first
+ranktuner audit --config=gsm8k --config.model=Qwen/Qwen3-0.6B --limit=1000 --output=audits/qwen
+ranktuner audit --config=own_data --config.model=runs/mine/model --config.data.source=rows.jsonl \
+  --split=holdout --output=audits/after --against=audits/before
+
+The folder gets tokens.parquet, one row for each supervised token with its statistics and its weight
+under every method; conversations.jsonl, 20 conversations whole; audit.json; and report.html. With
+--against, moved.html shows which tokens were learnt and lost since another audit. Run the same
+command again to go on after an interruption. Exit codes: 0 finished, 75 stopped with all parts so
+far saved, 2 user error, 1 other failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import rich.console
+import rich.progress
+import rich.table
+
+import ranktuner_jax
+from ranktuner_jax import data, models
+from ranktuner_jax.diagnostics import audit_methods
+from ranktuner_jax.diagnostics.audit import Audit, Progress
+from ranktuner_jax.diagnostics.report import audited, write_audit_report, write_moved_report
+from ranktuner_jax.errors import UserError
+from ranktuner_jax.train.commands import flags
+from ranktuner_jax.train.config import TrainConfig, to_dict
+from ranktuner_jax.train.run import Run
+from ranktuner_jax.train.runtime import distributed
+from ranktuner_jax.train.runtime.compilation import keep_compiled
+from ranktuner_jax.train.runtime.preemption import StopNotice, Stopped
+from ranktuner_jax.train.runtime.report_once import report_once
+
+__all__ = ["add_arguments", "open_audit", "run"]
+
+PREEMPTED = 75
+LEFT_OUT = ("truncated", "dropped", "skipped")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `ranktuner audit`."""
+    flags.add_config(parser, default="own_data", groups=("model", "data", "loss", "eval", "mesh"))
+    parser.add_argument("--output", required=True, help="folder for the result")
+    parser.add_argument("--split", help="split to audit; default: data.split, the training split")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N conversations")
+    parser.add_argument(
+        "--against",
+        metavar="FOLDER",
+        help="a finished audit of the same tokens, such as that of the model before training, to "
+        "show what moved since",
+    )
+    distributed.add_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Audits the data, in the compute_dtype of the config."""
+    with report_once(args), distributed.exit_without_waiting():
+        if args.limit is not None and args.limit < 1:
+            raise UserError(f"--limit: expected at least 1, got {args.limit}")
+        if args.against is not None:
+            audited.open_audit(args.against)  # Refused now, not after the work.
+        opened = Run.open(_for_audit(flags.read_config_and_connect(args)))
+        keep_compiled()
+        first = jax.process_index() == 0
+        with _progress(first) as progress, StopNotice() as stop:
+            try:
+                audit = open_audit(
+                    opened,
+                    args.output,
+                    split=args.split,
+                    limit=args.limit,
+                    progress=progress,
+                    check_stop=stop.check,
+                )
+                if not audit.claim():
+                    audit.run(opened.model)
+            except Stopped:
+                print("stopped: run the same command to go on", file=sys.stderr)
+                return PREEMPTED
+        if first:
+            report = write_audit_report(pathlib.Path(args.output))
+            _show(audit.result())
+            print(f"report: {report}")
+            if args.against is not None:
+                moved = pathlib.Path(args.output, "moved.html")
+                print(f"what moved: {write_moved_report(args.against, args.output, moved)}")
+    return 0
+
+
+def _for_audit(config: TrainConfig) -> TrainConfig:
+    """The config without what is for training alone."""
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, remat="none"))
+
+
+def open_audit(
+    opened: Run,
+    output: str,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    **options: Any,
+) -> Audit:
+    """The audit of a run's initial model on its data; the model is not loaded yet.
+
+    Args:
+      opened: The run.
+      output: The folder of the audit.
+      split: The split; that of the config's training data by default.
+      limit: Only the first so many conversations.
+      **options: Further arguments of `Audit`.
+
+    Raises:
+      UserError: If the data cannot be read, or the model and the data do not fit.
+    """
+    config = opened.config
+    # The audit packs by itself, so that it can write in the order of the data.
+    unpacked = dataclasses.replace(config.data, packing=False)
+    rows = data.load_rows(unpacked, opened.tokenizer, split=split, limit=limit)
+    sources = [source for source, _ in config.data.mixture] or [config.data.source]
+    everything = to_dict(config)
+    return Audit(
+        rows,
+        opened.tokenizer,
+        output,
+        decoder=models.read_config(opened.folder),
+        methods=audit_methods(opened.weighting),
+        about={
+            "model": config.model,
+            "source": ", ".join(sources),
+            "split": split or config.data.split,
+            "config": {name: everything[name] for name in ("model", "data", "loss")}
+            | {"compute_dtype": config.train.compute_dtype},
+        },
+        identity={"files": _stamp(opened.folder), "version": ranktuner_jax.__version__},
+        batch_size=config.eval.batch_size,
+        packing=config.data.packing,
+        **options,
+    )
+
+
+def _stamp(folder: pathlib.Path) -> str:
+    """A name for the state of a model's files, by their sizes and times of writing."""
+    stats = {path.name: path.stat() for path in sorted(folder.iterdir()) if path.is_file()}
+    listed = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()]
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _progress(first: bool) -> Iterator[Progress]:
+    """Shows the tokens that are scored: a bar on a terminal, else some lines."""
+    if not first:
+        yield lambda *_: None
+    elif not sys.stderr.isatty():
+        yield _Lines()
+    else:
+        with rich.progress.Progress(
+            rich.progress.TextColumn("audit"),
+            rich.progress.BarColumn(),
+            rich.progress.TextColumn("{task.completed:,} of {task.total:,} tokens"),
+            rich.progress.TextColumn("{task.fields[speed]:,.0f} tokens/s"),
+            rich.progress.TimeRemainingColumn(),
+            console=rich.console.Console(file=sys.stderr),
+        ) as bar:
+            task = bar.add_task("audit", total=1, visible=False, speed=0.0)
+            yield lambda done, total, speed: bar.update(
+                task, completed=done, total=total, visible=True, speed=speed
+            )
+
+
+class _Lines:
+    """A line each time another tenth is done, or a minute has passed."""
+
+    def __init__(self) -> None:
+        self._tenths, self._last = 0, time.monotonic()
+
+    def __call__(self, done: int, total: int, speed: float) -> None:
+        tenths, now = done * 10 // max(total, 1), time.monotonic()
+        if tenths == self._tenths and now - self._last < 60:
+            return
+        self._tenths, self._last = tenths, now
+        left = (total - done) / max(speed, 1e-9) / 60
+        print(
+            f"audit: {done:,} of {total:,} tokens  {speed:,.0f} tokens/s  {left:,.0f} min left",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _show(audit: Mapping[str, Any]) -> None:
+    print(
+        f"{audit['tokens']:,} supervised tokens in {audit['conversations']:,} conversations, "
+        f"{audit['tokens_per_second']:,.0f} tokens/s"
+        + "".join(f", {audit[what]:,} {what}" for what in LEFT_OUT if audit[what])
+    )
+    table = rich.table.Table(
+        caption="effective tokens: (sum of weights)² / (number × sum of squares)"
+    )
+    table.add_column("method")
+    for column in ("mean weight", "effective tokens", "correlation with ranktuner"):
+        table.add_column(column, justify="right")
+    for name, of_method in audit["weights"].items():
+        correlation = of_method["correlation"]
+        table.add_row(
+            name,
+            f"{of_method['mean']:.3f}",
+            f"{of_method['effective_share']:.1%}",
+            "constant" if correlation is None else f"{correlation:.2f}",
+        )
+    rich.console.Console(file=sys.stdout).print(table)

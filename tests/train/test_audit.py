@@ -264,6 +264,18 @@ cli.main(sys.argv[1:])
 """
 
 
+def test_a_finished_audit_is_compared_with_another(
+    command: list[str], whole: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = pathlib.Path(shutil.copytree(whole, whole.parent / "before"))
+    assert cli.main([*command, f"--output={whole}", f"--against={before}"]) == 0
+    page = whole / "moved.html"
+    assert f"what moved: {page}" in capsys.readouterr().out
+    assert page.stat().st_size > 10_000
+    # It stays a finished audit.
+    assert cli.main([*command, f"--output={whole}"]) == 0
+
+
 def test_a_killed_audit_scores_no_part_again_and_gives_the_same_bytes(
     command: list[str],
     whole: pathlib.Path,
@@ -393,6 +405,7 @@ def test_a_method_of_ones_own_and_a_mixture_are_audited(
         (["--config.data.row_length=20"], "the conversation takes "),
         (["--split=holdout"], "split: expected data.holdout above 0 for the split 'holdout'"),
         (["--config.data.source=nowhere.jsonl"], "nowhere.jsonl"),
+        (["--against=nowhere"], "nowhere: expected the folder of a finished audit"),
     ],
     ids=str,
 )

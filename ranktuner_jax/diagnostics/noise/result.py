@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -93,7 +94,8 @@ class Result:
 
     def to_json(self) -> str:
         """As text."""
-        return json.dumps({"version": 1, **dataclasses.asdict(self)}, indent=1, ensure_ascii=False)
+        fields = {"version": 1, **_without_nan(dataclasses.asdict(self))}
+        return json.dumps(fields, indent=1, ensure_ascii=False, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Result:
@@ -103,12 +105,26 @@ class Result:
         return cls(**fields | {"tables": tuple(map(_table, fields["tables"]))})
 
 
+def _without_nan(value: Any) -> Any:
+    """What JSON can hold: null in place of NaN."""
+    if isinstance(value, Mapping):
+        return {name: _without_nan(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(one) for one in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _measure(numbers: Mapping[str, Any]) -> Measure:
+    value, low, high, *seeds = (
+        math.nan if number is None else number
+        for number in (numbers["value"], numbers["low"], numbers["high"], *numbers["seeds"])
+    )
+    return Measure(value, low, high, tuple(seeds))
+
+
 def _table(fields: dict[str, Any]) -> Table:
     rows = {
-        score: {
-            name: Measure(**{**numbers, "seeds": tuple(numbers["seeds"])})
-            for name, numbers in row.items()
-        }
+        score: {name: _measure(numbers) for name, numbers in row.items()}
         for score, row in fields["rows"].items()
     }
     lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}

@@ -112,7 +112,7 @@ def _page(audit: Audit, sums: Aggregates) -> Page:
                 figure("mass_p", "By probability of the label"),
                 figure("mass_entropy", "By entropy"),
                 figure("mass_position", "By position in the conversation"),
-                figure("mass_source", "By source"),
+                *([figure("mass_source", "By source")] if len(sums.by_source) > 1 else []),
             ],
             wide=True,
         ),

@@ -199,7 +199,12 @@ def theme(name: str) -> dict[str, Any]:
         "style": {
             "bound": line,
             "bound-name": {"color": c["second"], "fontSize": 13, "fontWeight": 600},
-            "rim": {"color": c["cell_gap"], "stroke": c["cell_gap"], "strokeWidth": 4},
+            "rim": {
+                "color": c["cell_gap"],
+                "stroke": c["cell_gap"],
+                "strokeWidth": 4,
+                "strokeJoin": "round",
+            },
             "quadrant": {"color": c["faint"], "strokeDash": [4, 4]},
             "quadrant-name": {"color": c["faint"], "fontSize": 13, "fontStyle": "italic"},
             "noise": {"color": c["second"], "filled": True, "size": 8, "opacity": 1},

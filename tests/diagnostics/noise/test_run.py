@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -24,6 +26,7 @@ from ranktuner_jax.diagnostics.noise import (
     score_sequences,
     write_noise_report,
 )
+from ranktuner_jax.diagnostics.noise.table import Measure
 from ranktuner_jax.errors import UserError
 from tests.train import processes
 from tests.train.happenings import sigterm_inside
@@ -90,6 +93,20 @@ def test_sequences_that_share_rows_are_scored_as_each_of_them_alone(
         expected = np.concatenate([getattr(stats, name) for stats in alone])
         np.testing.assert_allclose(getattr(found, name), expected, rtol=1e-4, atol=1e-5)
     assert found.vocab_size == alone[0].vocab_size
+
+
+def test_what_no_token_follows_is_null_in_the_results(whole: pathlib.Path) -> None:
+    result = Result.from_json((whole / "results.json").read_text())
+    table = result.tables[0]
+    rows = {name: dict(row) for name, row in table.rows.items()}
+    rows["H"]["after"] = Measure(math.nan, math.nan, math.nan, (math.nan, 0.5))
+    result = dataclasses.replace(result, tables=(dataclasses.replace(table, rows=rows),))
+    text = result.to_json()
+    assert json.loads(text)["tables"][0]["rows"]["H"]["after"]["seeds"] == [None, 0.5]
+    assert "NaN" not in text
+    read = Result.from_json(text).tables[0].rows["H"]["after"]
+    assert math.isnan(read.value)
+    assert read.seeds[1] == 0.5
 
 
 def test_results_hold_a_table_for_each_kind_and_rate(

@@ -48,6 +48,13 @@ def get_config() -> ConfigDict:
                 "compute_dtype": "bfloat16",
             },
             "checkpoint": {"every_steps": 50, "asynchronous": False},
-            "eval": {"task": "chain_sum", "split": "test[256:]", "rows": 54, "examples": 256},
+            "eval": {
+                "task": "chain_sum",
+                "split": "test[256:]",
+                "rows": 54,
+                "examples": 256,
+                # As fast as 64 on two cores, with 0.4 GB less for keys and values.
+                "prompts_per_batch": 32,
+            },
         }
     )

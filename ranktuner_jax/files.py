@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 import tempfile
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["cache_dir", "whole_folder", "write_whole"]
+__all__ = ["cache_dir", "stamp", "whole_folder", "write_whole"]
 
 
 def cache_dir() -> Path:
@@ -22,6 +23,21 @@ def cache_dir() -> Path:
     """
     folder = os.environ.get("RANKTUNER_CACHE") or "~/.cache/ranktuner_jax"
     return Path(folder).expanduser().resolve()
+
+
+def stamp(folder: Path) -> str:
+    """16 hexadecimal digits that change when a file of a folder does, by size or time of writing.
+
+    Example:
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     empty = stamp(Path(folder))
+      ...     write_whole(Path(folder, "config.json"), "{}")
+      ...     stamp(Path(folder)) == empty
+      False
+    """
+    stats = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
+    text = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def write_whole(path: os.PathLike[str], content: str | bytes) -> None:

@@ -32,7 +32,7 @@ from ranktuner_jax.diagnostics import audit_methods
 from ranktuner_jax.diagnostics.audit import Audit
 from ranktuner_jax.diagnostics.layout import batches, pack
 from ranktuner_jax.errors import UserError
-from ranktuner_jax.evals.evaluation import _score_rows
+from ranktuner_jax.evals.evaluation import score_rows
 from ranktuner_jax.train.commands import flags
 
 __all__ = ["add_arguments", "run"]
@@ -114,7 +114,7 @@ def _likelihood(model: models.Decoder, rows: data.Rows, batch_size: int) -> floa
     groups = pack(range(len(rows.lengths)), rows.lengths, rows.row_length)
     start = time.perf_counter()
     for _, batch in batches(rows, groups, batch_size):
-        jax.device_get(_score_rows(graphdef, params, batch))
+        jax.device_get(score_rows(graphdef, params, batch))
     return time.perf_counter() - start
 
 

@@ -49,7 +49,15 @@ from ranktuner_jax.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Example", "conversations", "load_examples", "load_rows"]
+__all__ = [
+    "Example",
+    "conversations",
+    "fit",
+    "load_examples",
+    "load_rows",
+    "share_of",
+    "tokenized",
+]
 
 # For the tokenizer: enough to keep its threads busy.
 _CONVERSATIONS_PER_CALL = 512
@@ -114,11 +122,11 @@ def load_rows(
     max_tokens = None if config.too_long == "truncate" else config.row_length + 1
     for source, weight in mixture:
         first = len(chats)
-        pairs = _tokenized(config, source, split or config.split, encoder, summary, max_tokens)
-        share = _share(limit, weight, mixture)
+        pairs = tokenized(config, source, split or config.split, encoder, summary, max_tokens)
+        share = share_of(limit, weight, mixture)
         for conversation, samples in itertools.islice(pairs, share):
             for sample in samples:
-                chats += _fit(sample, conversation.where, config, summary)
+                chats += fit(sample, conversation.where, config, summary)
         if len(chats) == first:
             raise UserError(
                 f"data: nothing to learn from in {source}, split {split or config.split}: {summary}"
@@ -151,7 +159,7 @@ def load_rows(
     )
 
 
-def _share(limit: int | None, weight: float, mixture: Sequence[tuple[str, float]]) -> int | None:
+def share_of(limit: int | None, weight: float, mixture: Sequence[tuple[str, float]]) -> int | None:
     """How many conversations a source of a mixture contributes."""
     total = sum(weight for _, weight in mixture)
     return None if limit is None else max(1, round(limit * weight / total))
@@ -189,8 +197,8 @@ def load_examples(
     examples: list[Example] = []
     for source, weight in mixture:
         summary = Summary(config.row_length)
-        pairs = _tokenized(config, source, split, encoder, summary)
-        for conversation, samples in itertools.islice(pairs, _share(limit, weight, mixture)):
+        pairs = tokenized(config, source, split, encoder, summary)
+        for conversation, samples in itertools.islice(pairs, share_of(limit, weight, mixture)):
             last = samples[-1]
             assert isinstance(last, TokenizedChat)  # Nothing is too long without a limit.
             prompt, completion = last.split_last_turn()
@@ -261,7 +269,7 @@ def _read(config: DataConfig, source: str, split: str, summary: Summary) -> Iter
             _refuse(record.where, error, config, summary)
 
 
-def _tokenized(
+def tokenized(
     config: DataConfig,
     source: str,
     split: str,
@@ -286,7 +294,7 @@ def _refuse(where: str, error: BadRowError, config: DataConfig, summary: Summary
     summary.first_bad = summary.first_bad or f"{where}: {error}"
 
 
-def _fit(
+def fit(
     chat: TokenizedChat | TooLong, where: str, config: DataConfig, summary: Summary
 ) -> list[TokenizedChat]:
     """The sample, truncated if `config` says so, or nothing if it is dropped."""

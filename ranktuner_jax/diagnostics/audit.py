@@ -32,7 +32,7 @@ from ranktuner_jax.diagnostics.parts import AuditFolder
 from ranktuner_jax.diagnostics.scoring import TokenScorer, method_weights
 from ranktuner_jax.diagnostics.texts import TokenTexts
 from ranktuner_jax.errors import UserError
-from ranktuner_jax.evals.processes import from_first_process
+from ranktuner_jax.evals.processes import from_first_process, on_first_process
 from ranktuner_jax.evals.sampler import divisible
 from ranktuner_jax.models import Decoder, DecoderConfig
 
@@ -126,22 +126,14 @@ class Audit:
         Raises:
           UserError: If the folder cannot be written, or holds another audit or anything else.
         """
-        state: dict[str, Any] = {}
-        if jax.process_index() == 0:
+
+        def claimed() -> tuple[list[int], list[int], bool]:
             rows = self._rows
             stops = cut(rows.lengths, rows.row_length, _ROWS_PER_PART, packing=self._packing)
-            try:
-                state["stops"] = self._folder.claim(stops)
-                state["done"] = self._folder.done()
-                state["finished"] = self._folder.finished
-            except UserError as error:
-                state["mistake"] = str(error)
-        # Of all processes: the others would wait for the first one.
-        state = json.loads(from_first_process(json.dumps(state)))
-        if "mistake" in state:
-            raise UserError(state["mistake"])
-        self._stops, self._done = state["stops"], state["done"]
-        return bool(state["finished"])
+            return self._folder.claim(stops), self._folder.done(), self._folder.finished
+
+        self._stops, self._done, finished = on_first_process(claimed)
+        return finished
 
     def result(self) -> dict[str, Any]:
         """What `audit.json` of a finished audit holds."""

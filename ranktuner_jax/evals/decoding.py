@@ -93,7 +93,7 @@ def split(graph: Graph, params: nnx.State) -> Weights:
 
     wanted = jax.tree_util.tree_map_with_path(cast, params)
     layers = nnx.merge(graph, wanted).split_layers()
-    # The stacked ones are not read again, and cost no memory as they came.
+    # A prefill scans over the stacked ones, which cost no memory as they came.
     wanted["layers"] = params["layers"]
     return Weights(wanted, layers)
 

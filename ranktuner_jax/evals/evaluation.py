@@ -24,7 +24,7 @@ from ranktuner_jax.models import Decoder, partition
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Progress", "RowSource", "evaluate"]
+__all__ = ["Progress", "RowSource", "evaluate", "score_rows"]
 
 Progress = Callable[[int, int], None]
 """Called with (rows and questions done, all of them)."""
@@ -95,7 +95,7 @@ def evaluate(
     done = 0
     batch_size = max(1, min(config.batch_size, num_rows))
     for count, batch in _batches(rows, num_rows, divisible(batch_size, model.mesh)):
-        sums = jax.device_get(_score_rows(graphdef, params, batch))
+        sums = jax.device_get(score_rows(graphdef, params, batch))
         nll += float(sums.total)
         tokens += float(sums.denom)
         correct_tokens += float(sums.metrics["correct"])
@@ -155,9 +155,10 @@ def _batches(
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
-def _score_rows(
+def score_rows(
     graphdef: nnx.GraphDef[Decoder], params: nnx.State, batch: Batch[jax.Array]
 ) -> losses.LossOutput:
+    """The sums over the supervised tokens of a batch [B, T], all of weight 1."""
     model = nnx.merge(graphdef, params)
     hidden = model(batch.tokens, batch.positions, batch.segment_ids)
     inputs = (hidden, model.unembed, batch.labels, batch.mask)

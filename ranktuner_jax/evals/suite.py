@@ -11,14 +11,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
-
 from ranktuner_jax import files
 from ranktuner_jax.errors import UserError
 from ranktuner_jax.evals.benchmarks import Benchmark, Question, digest
 from ranktuner_jax.evals.engines import Answer, Choice, Engine, Request, Sampling
 from ranktuner_jax.evals.grading import check_grader, grade_samples
-from ranktuner_jax.evals.processes import from_first_process
+from ranktuner_jax.evals.processes import on_first_process
 from ranktuner_jax.evals.samples import Sample, SampleFile
 from ranktuner_jax.evals.scores import Scores, score_samples, which_k
 
@@ -75,21 +73,17 @@ class Suite:
           UserError: If the folder holds another evaluation, or the engine refuses a benchmark.
         """
         settings = {"sampling": dataclasses.asdict(self._sampling), "engine": engine.description}
-        first = jax.process_index() == 0
-        mistake, saved = "", None
-        if first:
-            try:
-                self._claim(settings)
-                saved = SampleFile(self._folder / SAMPLES)
-            except UserError as error:
-                mistake = str(error)
-        # Of all processes: the others would wait for the first one.
-        if mistake := from_first_process(mistake):
-            raise UserError(mistake)
-        with saved or contextlib.nullcontext() as file:
+        files: list[SampleFile] = []
+
+        def opened() -> None:
+            self._claim(settings)
+            files.append(SampleFile(self._folder / SAMPLES))
+
+        on_first_process(opened)
+        with files[0] if files else contextlib.nullcontext() as file:
             for benchmark, questions in self._benchmarks:
                 self._answer(engine, benchmark, questions, file)
-        return self.grade() if first else {}
+        return self.grade() if files else {}
 
     def grade(self) -> dict[str, Scores]:
         """Grades all answers of the folder, again if they were graded, and returns the scores.
@@ -182,16 +176,13 @@ class Suite:
         """Answers the questions that have no answer yet."""
         mine = [s for s in file.samples if s.task == benchmark.name] if file else []
         # One process decides for all, for they compute together.
-        state = from_first_process(
-            json.dumps(
-                {
-                    "have": [[sample.question, sample.sample] for sample in mine],
-                    "seconds": max((sample.seconds for sample in mine), default=0.0),
-                }
+        answered, seconds = on_first_process(
+            lambda: (
+                [[sample.question, sample.sample] for sample in mine],
+                max((sample.seconds for sample in mine), default=0.0),
             )
         )
-        saved = json.loads(state)
-        have = {tuple(key) for key in saved["have"]}
+        have = {tuple(key) for key in answered}
         count = 1 if benchmark.choices else self._sampling.samples
         requests = [
             Request(question, sample)
@@ -199,7 +190,7 @@ class Suite:
             for sample in range(count)
             if (question.index, sample) not in have
         ]
-        start = time.monotonic() - saved["seconds"]
+        start = time.monotonic() - seconds
         total, tokens = len(have) + len(requests), 0
         done = len(have)
 

@@ -22,7 +22,7 @@ from ranktuner_jax.losses.plan import default_chunk_size
 from ranktuner_jax.losses.ranktuner import RankTuner, relative_rank
 from ranktuner_jax.losses.sharded import sharded_token_stats, sharded_weighted_nll
 from ranktuner_jax.losses.stats import TokenStats, token_stats
-from ranktuner_jax.losses.sums import HISTOGRAM_EDGES, LossOutput, summarize
+from ranktuner_jax.losses.sums import HISTOGRAM_EDGES, NOISE_WIDTH, LossOutput, summarize
 from ranktuner_jax.losses.weighting import Weighting
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "EAFT",
     "HISTOGRAM_EDGES",
     "IDFT",
+    "NOISE_WIDTH",
     "SFT",
     "TALR",
     "WEIGHTINGS",

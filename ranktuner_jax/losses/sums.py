@@ -17,7 +17,7 @@ from ranktuner_jax.losses.weighting import Weighting
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
 
-__all__ = ["HISTOGRAM_EDGES", "LossOutput", "summarize", "weighted_sums"]
+__all__ = ["HISTOGRAM_EDGES", "NOISE_WIDTH", "LossOutput", "summarize", "weighted_sums"]
 
 # 64 bins of weights, 8 a decade from 1e-5 to 1e3; the first and the last also
 # count the weights outside.
@@ -27,7 +27,7 @@ _LOWEST_DECADE = -5
 HISTOGRAM_EDGES = tuple(10 ** (_LOWEST_DECADE + i / _BINS_PER_DECADE) for i in range(_BINS + 1))
 
 # |I − 1| below this is the Noise Region of the paper.
-_NOISE_WIDTH = 0.05
+NOISE_WIDTH = 0.05
 
 
 @jax.tree_util.register_dataclass
@@ -112,7 +112,7 @@ def weighted_sums(
         return jnp.sum(jnp.where(mask, x.astype(stats.nll.dtype), 0))
 
     exact = stats.expected_rank is not None
-    noise = (jnp.abs(relative_rank(stats) - 1.0) < _NOISE_WIDTH) & (stats.rank > 1)
+    noise = (jnp.abs(relative_rank(stats) - 1.0) < NOISE_WIDTH) & (stats.rank > 1)
     metrics = {
         "nll": total(stats.nll),
         "correct": total(stats.rank == 1),

@@ -167,7 +167,7 @@ def test_a_second_evaluation_compiles_nothing(
     other = Decoder(model.config, rngs=nnx.Rngs(1))
     config = dataclasses.replace(CONFIG, batch_size=3)  # Batches of a shape of their own.
     first = compiled(lambda: evaluate(model, rows=rows, config=config))
-    assert any("_score_rows" in message for message in first)
+    assert any("score_rows" in message for message in first)
     assert compiled(lambda: evaluate(other, rows=rows[::-1], config=config)) == []
 
 
@@ -216,7 +216,7 @@ def test_each_device_scores_its_own_rows_and_answers_its_own_questions(model: De
         written = decoding.empty(graph, params, batch_size=16, length=32)
         until = (np.int32(4), np.int32(16))
         programs = [
-            evaluation._score_rows.lower(graph, params, batch),
+            evaluation.score_rows.lower(graph, params, batch),
             decoding.prefill.lower(graph, weights, *prompts, seed, rule),
             decoding.decode.lower(graph, weights, written, stop_ids, seed, rule, *until, buffer=4),
         ]

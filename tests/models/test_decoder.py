@@ -150,7 +150,8 @@ def test_a_prefill_is_a_call_with_an_empty_cache(dtype: str) -> None:
     )
     for name, axis in (("keys", 3), ("values", 2)):
         for one, other in zip(getattr(filled, name), getattr(cache, name), strict=True):
-            assert one.dtype == other.dtype == model.cache_dtype
+            # On CPUs, whatever the dtype of the arithmetic.
+            assert one.dtype == other.dtype == jnp.float32
             pair = (np.moveaxis(np.asarray(x, np.float32), axis, 1)[real] for x in (one, other))
             np.testing.assert_allclose(*pair, **tolerance)
     assert (np.asarray(filled.positions) == np.asarray(cache.positions)).all()

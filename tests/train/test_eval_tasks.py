@@ -11,7 +11,7 @@ import pytest
 
 from ranktuner_jax import cli
 from ranktuner_jax.evals.samples import SampleFile
-from ranktuner_jax.train.commands.train import PREEMPTED
+from ranktuner_jax.train.runtime.preemption import PREEMPTED
 from tests.train import processes
 from tests.train.happenings import sigterm_inside
 

@@ -29,7 +29,7 @@ from ranktuner_jax.train import (
     replay,
     train_and_evaluate,
 )
-from ranktuner_jax.train.commands.train import PREEMPTED
+from ranktuner_jax.train.runtime.preemption import PREEMPTED
 from tests.train import processes
 from tests.train.happenings import BeforeStep, sigterm, sigterm_inside, train_spoiled
 

@@ -18,7 +18,7 @@ import pytest
 from ranktuner_jax import cli, models
 from ranktuner_jax.errors import UserError
 from ranktuner_jax.train import Stopped, TrainConfig, export, train_and_evaluate
-from ranktuner_jax.train.commands.train import PREEMPTED
+from ranktuner_jax.train.runtime.preemption import PREEMPTED
 from tests.train.happenings import BeforeStep
 
 MakeConfig = Callable[..., TrainConfig]

@@ -90,7 +90,7 @@ def _groups(result: Result) -> dict[tuple[str, int], list[Table]]:
 
 
 def _sections(table: Table) -> list[Section]:
-    theirs = {"tok_prec": "paper", "tok_rec": "paper", "hit_span": "paper"}
+    theirs = {"tok_prec": "paper", "tok_rec": "paper", "hit_span": "paper, HIT"}
     columns = ["tokens by"]
     for name, (heading, _) in MEASURES.items():
         columns += [heading, *([theirs[name]] if name in theirs else [])]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import io
 import itertools
-import json
 import pathlib
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +23,7 @@ from ranktuner_jax.diagnostics.noise.sequences import Sequences, score_sequences
 from ranktuner_jax.diagnostics.noise.table import Draw, measure
 from ranktuner_jax.diagnostics.scoring import method_weights
 from ranktuner_jax.errors import UserError
-from ranktuner_jax.evals.processes import from_first_process
+from ranktuner_jax.evals.processes import on_first_process
 
 __all__ = ["Cell", "Plan", "run_noise"]
 
@@ -110,7 +110,7 @@ def run_noise(
     methods: Mapping[str, losses.Weighting],
     settings: Mapping[str, Any],
     batch_size: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int, float], None] = lambda *_: None,
     check: Callable[[], None] = lambda: None,
 ) -> Result:
     """Draws noise, scores it and measures it, or goes on where an earlier call was stopped.
@@ -128,7 +128,8 @@ def run_noise(
       methods: Their weights rank the tokens; see `audit_methods`.
       settings: What else decides the result, such as the model; JSON.
       batch_size: Rows that are scored together.
-      progress: Called with the number of tokens scored, and of those to be scored in this call.
+      progress: Called with the number of tokens scored, of those to be scored in this call, and of
+        tokens per second.
       check: Called after each draw; it may raise to stop.
 
     Returns:
@@ -155,16 +156,15 @@ def run_noise(
     work = {_CLEAN: clean} | {
         cell.name: [_changed(span) for span in spans] for cell, spans in drawn.items()
     }
-    kept = json.dumps([name for name in work if _part(folder, name).exists()])
-    kept = json.loads(from_first_process(kept))  # One process decides for all.
+    kept = on_first_process(lambda: [name for name in work if _part(folder, name).exists()])
     missing = {name: chats for name, chats in work.items() if name not in kept}
     total = sum(len(chat.tokens) - 1 for chats in missing.values() for chat in chats)
-    done = 0
+    done, start = 0, time.monotonic()
 
     def report(tokens: int) -> None:
         nonlocal done
         done += tokens
-        progress(done, total)
+        progress(done, total, done / max(time.monotonic() - start, 1e-9))
 
     scorer = make_scorer() if missing else None
     for name, chats in missing.items():
@@ -291,17 +291,7 @@ def _scores(
 
 def _claim(folder: pathlib.Path, result: Result) -> Result:
     """Marks the folder as that of this result, or returns the one that it holds."""
-    found = {"mistake": "", "text": ""}
-    if jax.process_index() == 0:
-        try:
-            found["text"] = _opened(folder, result)
-        except UserError as error:
-            found["mistake"] = str(error)
-    # Of all processes: the others would wait for the first one.
-    found = json.loads(from_first_process(json.dumps(found)))
-    if found["mistake"]:
-        raise UserError(found["mistake"])
-    return Result.from_json(found["text"])
+    return Result.from_json(on_first_process(lambda: _opened(folder, result)))
 
 
 def _opened(folder: pathlib.Path, result: Result) -> str:

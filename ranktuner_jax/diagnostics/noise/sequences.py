@@ -13,7 +13,6 @@ import numpy as np
 
 from ranktuner_jax import losses
 from ranktuner_jax.data import (
-    BadRowError,
     Batch,
     ChatEncoder,
     Conversation,
@@ -23,7 +22,7 @@ from ranktuner_jax.data import (
     TokenizedChat,
     best_fit,
 )
-from ranktuner_jax.data.load import conversations
+from ranktuner_jax.data.load import fit, share_of, tokenized
 from ranktuner_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -100,10 +99,9 @@ def read_sequences(
     """
     encoder = ChatEncoder(tokenizer, enable_thinking=config.enable_thinking)
     mixture = config.mixture or ((config.source, 1.0),)
-    total = sum(weight for _, weight in mixture)
     sources: list[Source] = []
     for name, weight in mixture:
-        share = None if limit is None else max(1, round(limit * weight / total))
+        share = share_of(limit, weight, mixture)
         for group in itertools.islice(_encoded(config, name, encoder), share):
             sources += group
     if not sources:
@@ -115,26 +113,14 @@ def read_sequences(
 
 def _encoded(config: DataConfig, name: str, encoder: ChatEncoder) -> Iterator[list[Source]]:
     """The sequences of each conversation of a source that has some."""
-    for conversation in conversations(config, name, config.split, Summary(config.row_length)):
-        [samples] = encoder.encode([conversation])
-        if isinstance(samples, BadRowError):
-            if config.on_bad_row == "error":
-                raise UserError(
-                    f"{conversation.where}: {samples}; fix the row, or set data.on_bad_row=skip"
-                )
-            continue
-        group = []
-        for part, chat in enumerate(samples):
-            labels = len(chat.tokens) - 1
-            if labels > config.row_length and config.too_long == "error":
-                raise UserError(
-                    f"{conversation.where}: the conversation takes {labels:,} tokens, a row holds "
-                    f"{config.row_length:,}; raise data.row_length, or set data.too_long=truncate "
-                    "or drop"
-                )
-            dropped = labels > config.row_length and config.too_long == "drop"
-            if not dropped and chat.mask[1 : config.row_length + 1].any():
-                group.append(Source(conversation, part, chat))
+    summary = Summary(config.row_length)
+    for conversation, samples in tokenized(config, name, config.split, encoder, summary):
+        group = [
+            Source(conversation, part, chat)
+            for part, chat in enumerate(samples)
+            # Nothing is too long to be tokenized without a limit.
+            if isinstance(chat, TokenizedChat) and fit(chat, conversation.where, config, summary)
+        ]
         if group:
             yield group
 

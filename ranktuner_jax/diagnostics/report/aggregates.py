@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from scipy import stats as scipy_stats
 
+from ranktuner_jax import losses
 from ranktuner_jax.diagnostics.report.audited import Audit
 
 __all__ = [
@@ -29,8 +30,6 @@ __all__ = [
 Floats: TypeAlias = npt.NDArray[np.floating[Any]]
 Ints: TypeAlias = npt.NDArray[np.int64]
 
-# |I − 1| below this, with R > 1, is the Noise Region, as in the training metrics.
-NOISE_WIDTH = 0.05
 # Below and above 2 bits s(H) has different branches; p = ½ is where the label is surely first.
 QUADRANT_PROB, QUADRANT_ENTROPY = 0.5, 2 * math.log(2)
 QUADRANTS = (
@@ -75,7 +74,7 @@ def key_values() -> Floats:
 
 def in_noise_region(rank: npt.NDArray[Any], relative_rank: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """True where |I − 1| < 0.05 and R > 1: the label ranks low, as was to be expected."""
-    return (np.abs(relative_rank - 1.0) < NOISE_WIDTH) & (rank > 1)
+    return (np.abs(relative_rank - 1.0) < losses.NOISE_WIDTH) & (rank > 1)
 
 
 def quadrant(prob: npt.NDArray[Any], entropy: npt.NDArray[Any]) -> Ints:

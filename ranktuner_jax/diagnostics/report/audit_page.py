@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ranktuner_jax.diagnostics.report import aggregates, charts, phrasing, words
+from ranktuner_jax.diagnostics.report import aggregates, phrasing, words
 from ranktuner_jax.diagnostics.report.aggregates import Aggregates, Extreme, aggregate
+from ranktuner_jax.diagnostics.report.audit_charts import audit_charts
 from ranktuner_jax.diagnostics.report.audited import Audit, label, open_audit
 from ranktuner_jax.diagnostics.report.conversations import encode
 from ranktuner_jax.diagnostics.report.page import (
@@ -57,7 +58,7 @@ def write_figures(
     Raises:
       UserError: If the folder does not hold a finished audit.
     """
-    return write_pictures(charts.audit_charts(_aggregate(open_audit(folder))), output_dir)
+    return write_pictures(audit_charts(_aggregate(open_audit(folder))), output_dir)
 
 
 def _aggregate(audit: Audit) -> Aggregates:
@@ -71,7 +72,7 @@ def _aggregate(audit: Audit) -> Aggregates:
 
 
 def _page(audit: Audit, sums: Aggregates) -> Page:
-    specs = charts.audit_charts(sums)
+    specs = audit_charts(sums)
     about = audit.about
     n = sums.tokens
 

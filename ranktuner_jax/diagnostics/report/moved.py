@@ -2,140 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
-import heapq
-import itertools
 import os
 import pathlib
-from collections.abc import Iterator
 from typing import Any
 
 import altair as alt
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
 
-from ranktuner_jax.diagnostics.report import aggregates
-from ranktuner_jax.diagnostics.report.aggregates import PROB_EDGES, QUADRANTS, context, plane
-from ranktuner_jax.diagnostics.report.audited import BATCH_ROWS, Audit, open_audit
+from ranktuner_jax.diagnostics.report.aggregates import PROB_EDGES, QUADRANTS
+from ranktuner_jax.diagnostics.report.audited import Audit, open_audit
 from ranktuner_jax.diagnostics.report.charts import Spec, cells, data, finish, heat, line
+from ranktuner_jax.diagnostics.report.moves import (
+    CHANGE_EDGES,
+    MOVED,
+    SHOWN,
+    MovedToken,
+    Moves,
+    count_moves,
+)
 from ranktuner_jax.diagnostics.report.page import Figure, Marked, Page, Section, Table, write_page
 from ranktuner_jax.diagnostics.report.phrasing import counted, number, percent
 from ranktuner_jax.errors import UserError
 
 __all__ = ["write_moved_report"]
 
-_SHOWN = 15
-_TYPE_TOKENS = 5
-# Natural units of nll: less than this is not called a move.
-_MOVED = 0.1
-_CHANGE_EDGES = np.linspace(-8, 8, 65)
-_COLUMNS = (
-    *("conversation", "position", "token_id", "token", "nll", "prob", "rank", "entropy"),
-    "relative_rank",
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Token:
-    """A token whose nll moved far."""
-
-    conversation: int
-    position: int
-    before: str
-    token: str
-    after: str
-    probs: tuple[float, float]
-    nlls: tuple[float, float]
-
-
-class _Moves:
-    """Counts over pairs of tokens; index 0 is before, 1 is after, 4 the Noise Region."""
-
-    def __init__(self, vocab_size: int) -> None:
-        self.tokens = self.left_out = 0
-        self.nll = np.zeros(2)
-        self.first = np.zeros(2)
-        self.noise = np.zeros(2)
-        self.learnt = self.lost = 0
-        self.gained = self.given_back = 0.0
-        self.plane = np.zeros((len(PROB_EDGES) - 1,) * 2)
-        self.change = np.zeros(len(_CHANGE_EDGES) - 1)
-        self.quadrants = np.zeros((4, 4))
-        self.quadrant_change = np.zeros(4)
-        self.type_count, self.type_change = np.zeros(vocab_size), np.zeros(vocab_size)
-        self.type_text: dict[int, str] = {}
-        # The tokens whose nll fell most, and rose most.
-        self._far: tuple[list[Any], list[Any]] = ([], [])
-        self._order = itertools.count()
-
-    def add(self, before: pa.RecordBatch, after: pa.RecordBatch) -> None:
-        """Counts the same rows of both audits."""
-        good = np.isfinite(_numbers(before, "nll")) & np.isfinite(_numbers(after, "nll"))
-        self.left_out += int(np.sum(~good))
-        if not good.any():
-            return
-        before, after = before.filter(pa.array(good)), after.filter(pa.array(good))
-        pair = (before, after)
-        nll = np.stack([_numbers(one, "nll") for one in pair])
-        prob = np.stack([_numbers(one, "prob") for one in pair])
-        change = nll[1] - nll[0]
-        quadrant = [
-            aggregates.quadrant(p, _numbers(one, "entropy"))
-            for p, one in zip(prob, pair, strict=True)
-        ]
-        token_id = before.column("token_id").to_numpy().astype(np.int64)
-        self.tokens += before.num_rows
-        self.nll += nll.sum(1)
-        for i, one in enumerate(pair):
-            rank = _numbers(one, "rank")
-            self.first[i] += np.sum(rank == 1)
-            self.noise[i] += np.sum(
-                aggregates.in_noise_region(rank, _numbers(one, "relative_rank"))
-            )
-        self.learnt += int(np.sum(change < -_MOVED))
-        self.lost += int(np.sum(change > _MOVED))
-        self.gained -= float(change[change < 0].sum())
-        self.given_back += float(change[change > 0].sum())
-        self.plane += plane(prob[0], PROB_EDGES, prob[1], PROB_EDGES)
-        self.change += aggregates.histogram(change, _CHANGE_EDGES)
-        self.quadrants += np.bincount(quadrant[0] * 4 + quadrant[1], minlength=16).reshape(4, 4)
-        self.quadrant_change += np.bincount(quadrant[0], weights=change, minlength=4)
-        size = len(self.type_count)
-        self.type_count += np.bincount(token_id, minlength=size)
-        self.type_change += np.bincount(token_id, weights=change, minlength=size)
-        for index in np.unique(token_id, return_index=True)[1]:
-            self.type_text.setdefault(int(token_id[index]), str(before.column("token")[index]))
-        self._keep_far(before, nll, prob, change)
-
-    def _keep_far(
-        self,
-        before: pa.RecordBatch,
-        nll: npt.NDArray[Any],
-        prob: npt.NDArray[Any],
-        change: npt.NDArray[Any],
-    ) -> None:
-        count = min(_SHOWN, len(change))
-        for kept, far in zip(self._far, (-change, change), strict=True):
-            for i in np.argpartition(-far, count - 1)[:count]:
-                if far[i] <= _MOVED or (len(kept) == _SHOWN and far[i] <= kept[0][0]):
-                    continue
-                left, token, right = context(before, int(i))
-                found = _Token(
-                    conversation=int(before.column("conversation")[int(i)].as_py()),
-                    position=int(before.column("position")[int(i)].as_py()),
-                    before=left,
-                    token=token,
-                    after=right,
-                    probs=(float(prob[0, i]), float(prob[1, i])),
-                    nlls=(float(nll[0, i]), float(nll[1, i])),
-                )
-                push = heapq.heappushpop if len(kept) == _SHOWN else heapq.heappush
-                push(kept, (float(far[i]), -next(self._order), found))
-
-    def far(self, end: int) -> list[_Token]:
-        """The tokens whose nll fell (0) or rose (1) most, the farthest first."""
-        return [token for _, _, token in sorted(self._far[end], reverse=True)]
+_TYPE_TOKENS = 5  # A token type is ranked once it occurs this often.
 
 
 def write_moved_report(
@@ -157,9 +48,7 @@ def write_moved_report(
       UserError: If a folder holds no finished audit, or the two are of different tokens.
     """
     pair = open_audit(before), open_audit(after)
-    moves = _Moves(max(int(audit.about["vocab_size"]) for audit in pair))
-    for one, other in _aligned(*pair):
-        moves.add(one, other)
+    moves = count_moves(*pair)
     if not moves.tokens:
         raise UserError(
             f"{before}: expected supervised tokens with a finite nll in both audits, got none; "
@@ -168,50 +57,7 @@ def write_moved_report(
     return pathlib.Path(write_page(pathlib.Path(output), _page(pair, moves)))
 
 
-def _aligned(before: Audit, after: Audit) -> Iterator[tuple[pa.RecordBatch, pa.RecordBatch]]:
-    """The same rows of both, checked."""
-
-    def different(what: str) -> UserError:
-        return UserError(
-            f"{after.folder}: expected an audit of the same tokens as {before.folder}, got {what}; "
-            "audit the same data, split and row length with the same tokenizer"
-        )
-
-    if before.rows != after.rows:
-        raise different(f"{counted(after.rows, 'token')} in place of {before.rows:,}")
-    batches = zip(_whole(before), _whole(after), strict=True)
-    for one, other in batches:
-        for column in ("conversation", "position", "token_id"):
-            unequal = np.flatnonzero(_numbers(one, column) != _numbers(other, column))
-            if len(unequal):
-                i = int(unequal[0])
-                place = f"conversation {one.column('conversation')[i]}, position "
-                place += str(one.column("position")[i])
-                raise different(
-                    f"{column} {other.column(column)[i]} in place of {one.column(column)[i]} "
-                    f"({place})"
-                )
-        yield one, other
-
-
-def _whole(audit: Audit) -> Iterator[pa.RecordBatch]:
-    """Batches that are full but for the last one, wherever the row groups end."""
-    held: list[pa.RecordBatch] = []
-    for batch in audit.batches(_COLUMNS):
-        held.append(batch)
-        while sum(one.num_rows for one in held) >= BATCH_ROWS:
-            table = pa.Table.from_batches(held)
-            yield table.slice(0, BATCH_ROWS).combine_chunks().to_batches()[0]
-            held = table.slice(BATCH_ROWS).to_batches()
-    if held:
-        yield pa.Table.from_batches(held).combine_chunks().to_batches()[0]
-
-
-def _numbers(batch: pa.RecordBatch, column: str) -> npt.NDArray[np.float64]:
-    return batch.column(column).to_numpy().astype(np.float64)
-
-
-def _page(pair: tuple[Audit, Audit], moves: _Moves) -> Page:
+def _page(pair: tuple[Audit, Audit], moves: Moves) -> Page:
     n = moves.tokens
     nll, first, noise = moves.nll / n, moves.first / n, moves.noise / n
     names = [str(audit.about["model"]) for audit in pair]
@@ -270,7 +116,7 @@ def _page(pair: tuple[Audit, Audit], moves: _Moves) -> Page:
     )
 
 
-def _plane_chart(moves: _Moves) -> Spec:
+def _plane_chart(moves: Moves) -> Spec:
     def axis(title: str) -> dict[str, Any]:
         return {
             "scale": alt.Scale(domain=[0, 1], nice=False),
@@ -293,7 +139,7 @@ def _plane_chart(moves: _Moves) -> Spec:
     return finish(chart, 380, "Probability of each token before and after.")
 
 
-def _change_chart(moves: _Moves) -> Spec:
+def _change_chart(moves: Moves) -> Spec:
     rows: list[dict[str, Any]] = [
         {
             "x": float(low),
@@ -301,7 +147,7 @@ def _change_chart(moves: _Moves) -> Spec:
             "share": float(count / moves.tokens),
             "what": "learnt" if high <= 0 else "lost",
         }
-        for low, high, count in zip(_CHANGE_EDGES, _CHANGE_EDGES[1:], moves.change, strict=False)
+        for low, high, count in zip(CHANGE_EDGES, CHANGE_EDGES[1:], moves.change, strict=False)
     ]
     used = [row for row in rows if row["share"]]
     reach = max([1.0, *(abs(row["x"]) for row in used), *(abs(row["x2"]) for row in used)])
@@ -336,20 +182,20 @@ def _change_chart(moves: _Moves) -> Spec:
     return finish(chart, 260, "Change of the nll of the tokens.")
 
 
-def _plane_words(moves: _Moves) -> list[str]:
+def _plane_words(moves: Moves) -> list[str]:
     n = moves.tokens
     fell, rose = moves.learnt / n, moves.lost / n
     stayed = (n - moves.learnt - moves.lost) / n
     return [
         "Tokens above the orange line are more probable than before, those below it less. "
-        f"The nll of {percent(fell)} of the {counted(n, 'token')} fell by more than {_MOVED} nats, "
+        f"The nll of {percent(fell)} of the {counted(n, 'token')} fell by more than {MOVED} nats, "
         f"that of {percent(rose)} rose by more; {percent(stayed)} stayed where they were.",
         f"The label is the first choice for {percent(moves.first[1] / n)} of the tokens; before, "
         f"for {percent(moves.first[0] / n)}.",
     ]
 
 
-def _change_words(moves: _Moves) -> list[str]:
+def _change_words(moves: Moves) -> list[str]:
     n = moves.tokens
     change = (moves.nll[1] - moves.nll[0]) / n
     verb = "fell" if change < 0 else "rose"
@@ -375,7 +221,7 @@ def _quadrant_names() -> list[str]:
     return [name.split(":")[0] for name in QUADRANTS]
 
 
-def _quadrant_table(moves: _Moves) -> Table:
+def _quadrant_table(moves: Moves) -> Table:
     names = _quadrant_names()
     total = moves.quadrants.sum(1)
     rows = []
@@ -397,7 +243,7 @@ def _quadrant_table(moves: _Moves) -> Table:
     )
 
 
-def _quadrant_words(moves: _Moves) -> list[str]:
+def _quadrant_words(moves: Moves) -> list[str]:
     names = _quadrant_names()
     stayed = float(np.trace(moves.quadrants)) / moves.tokens
     where = [q.split(": ")[1] for q in QUADRANTS]
@@ -425,7 +271,7 @@ def _quadrant_words(moves: _Moves) -> list[str]:
     return sentences
 
 
-def _token_table(caption: str, tokens: list[_Token]) -> Table:
+def _token_table(caption: str, tokens: list[MovedToken]) -> Table:
     return Table(
         caption,
         ["in context", "p before", "p after", "Δ nll", "where"],
@@ -442,7 +288,7 @@ def _token_table(caption: str, tokens: list[_Token]) -> Table:
     )
 
 
-def _type_words(moves: _Moves) -> list[str]:
+def _type_words(moves: Moves) -> list[str]:
     ranked = np.flatnonzero(moves.type_count >= _TYPE_TOKENS)
     better = int(np.sum(moves.type_change[ranked] < 0))
     sentences = [
@@ -459,7 +305,7 @@ def _type_words(moves: _Moves) -> list[str]:
     return sentences
 
 
-def _type_tables(moves: _Moves) -> list[Table]:
+def _type_tables(moves: Moves) -> list[Table]:
     ranked = np.flatnonzero(moves.type_count >= _TYPE_TOKENS)
     total = moves.type_change[ranked]
     order = np.argsort(total)
@@ -469,7 +315,7 @@ def _type_tables(moves: _Moves) -> list[Table]:
         ("Lost most, by the sum over all occurrences", [i for i in order[::-1] if total[i] > 0]),
     ):
         rows: list[list[str | Marked]] = []
-        for i in chosen[:_SHOWN]:
+        for i in chosen[:SHOWN]:
             count = moves.type_count[ranked[i]]
             rows.append(
                 [

@@ -6,8 +6,8 @@ import numpy as np
 
 from ranktuner_jax.diagnostics.report import aggregates
 from ranktuner_jax.diagnostics.report.aggregates import Aggregates
+from ranktuner_jax.diagnostics.report.audit_charts import mass_groups
 from ranktuner_jax.diagnostics.report.audited import label
-from ranktuner_jax.diagnostics.report.charts import mass_groups
 from ranktuner_jax.diagnostics.report.phrasing import counted, listed, number, ordinal, percent
 
 __all__ = ["agreement", "effective", "expected_rank", "loss_mass", "plane", "rank", "weights"]

@@ -15,38 +15,34 @@ far saved, 2 user error, 1 other failure.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import hashlib
-import json
 import pathlib
 import sys
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import rich.console
-import rich.progress
 import rich.table
 
 import ranktuner_jax
-from ranktuner_jax import data, models
+from ranktuner_jax import data, files, models
 from ranktuner_jax.diagnostics import audit_methods
-from ranktuner_jax.diagnostics.audit import Audit, Progress
+from ranktuner_jax.diagnostics.audit import Audit
 from ranktuner_jax.diagnostics.report import audited, write_audit_report, write_moved_report
 from ranktuner_jax.errors import UserError
+from ranktuner_jax.evals.processes import on_first_process
 from ranktuner_jax.train.commands import flags
+from ranktuner_jax.train.commands.progress import token_progress
 from ranktuner_jax.train.config import TrainConfig, to_dict
 from ranktuner_jax.train.run import Run
 from ranktuner_jax.train.runtime import distributed
 from ranktuner_jax.train.runtime.compilation import keep_compiled
-from ranktuner_jax.train.runtime.preemption import StopNotice, Stopped
+from ranktuner_jax.train.runtime.preemption import PREEMPTED, StopNotice, Stopped
 from ranktuner_jax.train.runtime.report_once import report_once
 
 __all__ = ["add_arguments", "open_audit", "run"]
 
-PREEMPTED = 75
 LEFT_OUT = ("truncated", "dropped", "skipped")
 
 
@@ -70,12 +66,12 @@ def run(args: argparse.Namespace) -> int:
     with report_once(args), distributed.exit_without_waiting():
         if args.limit is not None and args.limit < 1:
             raise UserError(f"--limit: expected at least 1, got {args.limit}")
-        if args.against is not None:
-            audited.open_audit(args.against)  # Refused now, not after the work.
         opened = Run.open(_for_audit(flags.read_config_and_connect(args)))
+        if args.against is not None:  # Refused now, not after the work.
+            on_first_process(lambda: audited.open_audit(args.against).rows)
         keep_compiled()
         first = jax.process_index() == 0
-        with _progress(first) as progress, StopNotice() as stop:
+        with token_progress("audit", show=first) as progress, StopNotice() as stop:
             try:
                 audit = open_audit(
                     opened,
@@ -144,59 +140,11 @@ def open_audit(
             "config": {name: everything[name] for name in ("model", "data", "loss")}
             | {"compute_dtype": config.train.compute_dtype},
         },
-        identity={"files": _stamp(opened.folder), "version": ranktuner_jax.__version__},
+        identity={"files": files.stamp(opened.folder), "version": ranktuner_jax.__version__},
         batch_size=config.eval.batch_size,
         packing=config.data.packing,
         **options,
     )
-
-
-def _stamp(folder: pathlib.Path) -> str:
-    """A name for the state of a model's files, by their sizes and times of writing."""
-    stats = {path.name: path.stat() for path in sorted(folder.iterdir()) if path.is_file()}
-    listed = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()]
-    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
-
-
-@contextlib.contextmanager
-def _progress(first: bool) -> Iterator[Progress]:
-    """Shows the tokens that are scored: a bar on a terminal, else some lines."""
-    if not first:
-        yield lambda *_: None
-    elif not sys.stderr.isatty():
-        yield _Lines()
-    else:
-        with rich.progress.Progress(
-            rich.progress.TextColumn("audit"),
-            rich.progress.BarColumn(),
-            rich.progress.TextColumn("{task.completed:,} of {task.total:,} tokens"),
-            rich.progress.TextColumn("{task.fields[speed]:,.0f} tokens/s"),
-            rich.progress.TimeRemainingColumn(),
-            console=rich.console.Console(file=sys.stderr),
-        ) as bar:
-            task = bar.add_task("audit", total=1, visible=False, speed=0.0)
-            yield lambda done, total, speed: bar.update(
-                task, completed=done, total=total, visible=True, speed=speed
-            )
-
-
-class _Lines:
-    """A line each time another tenth is done, or a minute has passed."""
-
-    def __init__(self) -> None:
-        self._tenths, self._last = 0, time.monotonic()
-
-    def __call__(self, done: int, total: int, speed: float) -> None:
-        tenths, now = done * 10 // max(total, 1), time.monotonic()
-        if tenths == self._tenths and now - self._last < 60:
-            return
-        self._tenths, self._last = tenths, now
-        left = (total - done) / max(speed, 1e-9) / 60
-        print(
-            f"audit: {done:,} of {total:,} tokens  {speed:,.0f} tokens/s  {left:,.0f} min left",
-            file=sys.stderr,
-            flush=True,
-        )
 
 
 def _show(audit: Mapping[str, Any]) -> None:

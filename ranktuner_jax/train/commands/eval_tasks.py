@@ -21,11 +21,9 @@ from ranktuner_jax.errors import UserError
 from ranktuner_jax.evals import benchmarks, engines
 from ranktuner_jax.train.config import TrainConfig
 from ranktuner_jax.train.run import Run
-from ranktuner_jax.train.runtime.preemption import StopNotice, Stopped
+from ranktuner_jax.train.runtime.preemption import PREEMPTED, StopNotice, Stopped
 
 __all__ = ["add_arguments", "given", "run"]
-
-PREEMPTED = 75
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

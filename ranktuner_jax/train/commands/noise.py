@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import pathlib
 import sys
-import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -24,20 +22,20 @@ import rich.console
 import rich.markup
 import rich.table
 
+from ranktuner_jax import files
 from ranktuner_jax.diagnostics import TokenScorer, audit_methods, noise
 from ranktuner_jax.errors import UserError
 from ranktuner_jax.evals.sampler import divisible
 from ranktuner_jax.train.commands import flags
+from ranktuner_jax.train.commands.progress import token_progress
 from ranktuner_jax.train.config import MeshConfig
 from ranktuner_jax.train.run import Run
 from ranktuner_jax.train.runtime import distributed
 from ranktuner_jax.train.runtime.compilation import keep_compiled
-from ranktuner_jax.train.runtime.preemption import StopNotice, Stopped
+from ranktuner_jax.train.runtime.preemption import PREEMPTED, StopNotice, Stopped
 from ranktuner_jax.train.runtime.report_once import report_once
 
 __all__ = ["add_arguments", "run"]
-
-PREEMPTED = 75
 
 Number = TypeVar("Number", int, float)
 
@@ -99,13 +97,13 @@ def run(args: argparse.Namespace) -> int:
         first = jax.process_index() == 0
         settings = {
             "model": config.model,
-            "model_files": _listing(opened.folder),
+            "model_files": files.stamp(opened.folder),
             "dtype": config.train.compute_dtype,
             "data": dataclasses.asdict(config.data),
             "limit": args.limit,
         }
         try:
-            with StopNotice() as notice:
+            with token_progress("noise", show=first) as progress, StopNotice() as notice:
                 result = noise.run_noise(
                     lambda: TokenScorer(opened.model),
                     sequences,
@@ -114,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
                     methods=audit_methods(config.loss.make_weighting()),
                     settings=settings,
                     batch_size=divisible(config.eval.batch_size, opened.mesh),
-                    progress=_Progress() if first else lambda done, total: None,
+                    progress=progress,
                     check=notice.check,
                 )
         except Stopped:
@@ -133,37 +131,6 @@ def _numbers(name: str, text: str, to: Callable[[str], Number]) -> tuple[Number,
         return tuple(to(number) for number in text.split(",") if number)
     except ValueError as error:
         raise UserError(f"--{name}: expected numbers separated by commas, got {text!r}") from error
-
-
-def _listing(folder: pathlib.Path) -> str:
-    """16 hexadecimal digits that change when a file of the model does."""
-    stats = [(path.name, path.stat()) for path in sorted(folder.iterdir())]
-    text = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-class _Progress:
-    """Lines on standard error: one every half a minute, over the last one on a terminal."""
-
-    def __init__(self) -> None:
-        self._start, self._shown, self._tokens = time.monotonic(), 0.0, 0
-
-    def __call__(self, done: int, total: int) -> None:
-        if not self._tokens:
-            # The first batch was mostly compilation.
-            self._start, self._tokens = time.monotonic(), done
-        now, terminal = time.monotonic(), sys.stderr.isatty()
-        if done < total and now - self._shown < (0.5 if terminal else 30):
-            return
-        self._shown = now
-        speed = (done - self._tokens) / max(now - self._start, 1e-3)
-        left = f"{(total - done) / speed / 60:,.0f} min left" if speed and done < total else ""
-        print(
-            f"scored {done:,} of {total:,} tokens  {speed:,.0f} tokens/s  {left}",
-            end="\r" if terminal and done < total else "\n",
-            file=sys.stderr,
-            flush=True,
-        )
 
 
 def _show(result: noise.Result) -> None:

@@ -21,12 +21,12 @@ from ranktuner_jax.train.commands import flags
 from ranktuner_jax.train.recipe import RunResult, train_and_evaluate
 from ranktuner_jax.train.runtime import distributed
 from ranktuner_jax.train.runtime.compilation import keep_compiled
-from ranktuner_jax.train.runtime.preemption import Stopped
+from ranktuner_jax.train.runtime.preemption import PREEMPTED, Stopped
 from ranktuner_jax.train.runtime.report_once import report_once
 
-__all__ = ["FINISHED", "PREEMPTED", "add_arguments", "run"]
+__all__ = ["FINISHED", "add_arguments", "run"]
 
-FINISHED, PREEMPTED = 0, 75
+FINISHED = 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,7 +12,10 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-__all__ = ["StopNotice", "Stopped"]
+__all__ = ["PREEMPTED", "StopNotice", "Stopped"]
+
+PREEMPTED = 75
+"""The exit code of a command that was stopped with everything saved (EX_TEMPFAIL)."""
 
 
 class Stopped(KeyboardInterrupt):

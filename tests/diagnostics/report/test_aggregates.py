@@ -10,8 +10,8 @@ import pytest
 from ranktuner_jax import losses
 from ranktuner_jax.diagnostics.report import aggregates
 from ranktuner_jax.diagnostics.report.aggregates import Aggregates
+from ranktuner_jax.diagnostics.report.audit_charts import noise_limit
 from ranktuner_jax.diagnostics.report.audited import open_audit
-from ranktuner_jax.diagnostics.report.charts import noise_limit
 from tests.diagnostics.report import audits
 
 Columns = dict[str, np.ndarray]

@@ -30,6 +30,14 @@ COMMANDS = {
         "ranktuner_jax.train.commands.noise",
         "measure how much injected noise the weights let through",
     ),
+    "compare": (
+        "ranktuner_jax.compare.command",
+        "train with several methods over several seeds, and compare them",
+    ),
+    "lab": (
+        "ranktuner_jax.lab.command",
+        "write a small model, its text and a task, to compare methods on in minutes",
+    ),
     "export": (
         "ranktuner_jax.train.commands.export",
         "write a run's checkpoint as a Hugging Face folder",

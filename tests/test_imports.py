@@ -20,8 +20,13 @@ ALLOWED: dict[str, set[str]] = {
     "evals": {"errors", "files", "losses", "models", "data"},
     "diagnostics": {"errors", "files", "losses", "models", "data", "evals"},
     "train": {"errors", "files", "losses", "models", "data", "evals", "diagnostics"},
+    "lab": {"errors", "files", "models", "data", "evals"},
+    "compare": {"errors", "files", "losses", "models", "data", "evals", "diagnostics", "train"},
     "bench": {"errors", "losses", "models", "data", "evals", "diagnostics", "train"},
-    "cli": {"errors", "losses", "models", "data", "evals", "diagnostics", "train", "bench"},
+    "cli": {
+        *("errors", "losses", "models", "data", "evals", "diagnostics", "train", "bench"),
+        *("lab", "compare"),
+    },
     "configs": set(),
 }
 HEAVY = {"flax", "orbax", "transformers", "tensorflow_datasets", "optax", "grain", "safetensors"}

@@ -81,9 +81,16 @@ class Rows(NamedTuple):
     done: Bool[Array, " B"]
 
 
-@functools.partial(jax.jit, static_argnames="graph")
 def split(graph: Graph, params: nnx.State) -> Weights:
     """The weights as the other programs take them: sliced and cast once, not at every token."""
+    rest = nnx.State({name: value for name, value in params.items() if name != "layers"})
+    rest, layers = _cast(graph, params, rest)
+    # A prefill scans over the stacked layers, which cost no memory as they came.
+    return Weights(nnx.State({**rest, "layers": params["layers"]}), layers)
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def _cast(graph: Graph, params: nnx.State, rest: nnx.State) -> tuple[nnx.State, list[nnx.State]]:
     model = nnx.merge(graph, params)
 
     def cast(path: tuple[Any, ...], leaf: Array) -> Array:
@@ -91,11 +98,8 @@ def split(graph: Graph, params: nnx.State) -> Weights:
         is_norm = any(str(getattr(key, "key", "")).endswith("norm") for key in path)
         return leaf if is_norm else leaf.astype(model.dtype)
 
-    wanted = jax.tree_util.tree_map_with_path(cast, params)
-    layers = nnx.merge(graph, wanted).split_layers()
-    # A prefill scans over the stacked ones, which cost no memory as they came.
-    wanted["layers"] = params["layers"]
-    return Weights(wanted, layers)
+    rest, wanted = (jax.tree_util.tree_map_with_path(cast, state) for state in (rest, params))
+    return rest, nnx.merge(graph, wanted).split_layers()
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "batch_size", "length"))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -105,7 +107,8 @@ def evaluate(
         raise ValueError(f"the {num_rows} held-out rows have no supervised token: nothing to score")
 
     previews: list[Preview] = []
-    correct = finished = 0
+    correct: list[bool] = []
+    finished = 0
     if scorer is not None and tokenizer is not None and examples:
         completions = generate(
             model,
@@ -119,7 +122,7 @@ def evaluate(
         for example, completion in zip(examples, completions, strict=True):
             text = _decode(tokenizer, completion.tokens)
             right = bool(scorer(text, example.row))
-            correct += right
+            correct.append(right)
             finished += completion.finished
             if len(previews) < config.previews:
                 asked = (m["content"] for m in reversed(example.messages) if m["role"] == "user")
@@ -131,11 +134,21 @@ def evaluate(
         token_accuracy=correct_tokens / tokens,
         tokens=int(tokens),
         questions=len(examples),
-        correct=correct,
+        correct=sum(correct),
         finished=finished,
+        right=tuple(correct),
+        digest=_digest(examples) if examples else "",
         previews=tuple(previews),
         seconds=time.monotonic() - start,
     )
+
+
+def _digest(examples: Sequence[Example]) -> str:
+    tokens = [
+        [list(map(int, part)) for part in (example.prompt_tokens, example.completion_tokens)]
+        for example in examples
+    ]
+    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16]
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:

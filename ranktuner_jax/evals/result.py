@@ -33,6 +33,8 @@ class EvalResult:
       questions: Questions answered; 0 without a task.
       correct: Answers that the task's scorer accepts.
       finished: Completions that reached a stop token.
+      right: For each question whether its answer is correct.
+      digest: Identifies the questions: the same in evaluations of the same ones; "" without any.
       previews: A few completions.
       seconds: Duration of the evaluation.
     """
@@ -43,6 +45,8 @@ class EvalResult:
     questions: int = 0
     correct: int = 0
     finished: int = 0
+    right: tuple[bool, ...] = ()
+    digest: str = ""
     previews: tuple[Preview, ...] = ()
     seconds: float = 0.0
 
@@ -96,4 +100,4 @@ class EvalResult:
           True
         """
         previews = tuple(Preview(**preview) for preview in saved["previews"])
-        return cls(**{**saved, "previews": previews})
+        return cls(**{**saved, "previews": previews, "right": tuple(saved.get("right", ()))})

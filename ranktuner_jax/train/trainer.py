@@ -184,6 +184,11 @@ class Trainer:
         return self._telemetry.metric_steps
 
     @property
+    def step_memory_gb(self) -> float | None:
+        """What the compiled step needs on each device, in GB; None before the first step."""
+        return self._program.memory_gb
+
+    @property
     def profile_path(self) -> os.PathLike[str] | None:
         """A local folder for profiler traces of this run; None without a workdir."""
         return self._telemetry.profile_path

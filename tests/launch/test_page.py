@@ -1,6 +1,7 @@
-"""The commands of launch/README.md that need no cloud are commands that exist."""
+"""The commands of the pages on clusters that need no cloud are commands that exist."""
 
 import argparse
+import importlib
 import os
 import pathlib
 import re
@@ -10,13 +11,14 @@ import sys
 
 import pytest
 
+from ranktuner_jax import cli
 from ranktuner_jax.train import load_config
-from ranktuner_jax.train.commands import train as command
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGE = (ROOT / "launch" / "README.md").read_text()
-BLOCKS = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
-LINES = [line.split(" # ")[0].strip() for line in "".join(BLOCKS).splitlines() if "☁" not in line]
+PAGES = PAGE + (ROOT / "docs" / "reproduce.md").read_text()
+BLOCKS = "".join(re.findall(r"```bash\n(.*?)```", PAGES, re.DOTALL)).replace("\\\n", " ")
+LINES = [line.split(" # ")[0].strip() for line in BLOCKS.splitlines() if "☁" not in line]
 SCRIPTS = [shlex.split(line) for line in LINES if "launch/" in line]
 RUNS = [shlex.split(line) for line in LINES if line.startswith("ranktuner ")]
 
@@ -42,9 +44,8 @@ def test_a_script_takes_what_the_page_gives_it(words: list[str]) -> None:
 
 @pytest.mark.parametrize("words", RUNS, ids=" ".join)
 def test_a_run_takes_the_flags_that_the_page_gives_it(words: list[str]) -> None:
-    assert words[:2] == ["ranktuner", "train"]
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    importlib.import_module(cli.COMMANDS[words[1]][0]).add_arguments(parser)
     _, overrides = parser.parse_known_args(words[2:])
     load_config("smollm2_chain_sum", overrides)
 

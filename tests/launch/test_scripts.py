@@ -221,6 +221,17 @@ def test_a_dry_run_of_slurm_prints_its_commands(repository: pathlib.Path) -> Non
     assert lines[-1] == "exec scontrol requeue JOB "
 
 
+def test_each_task_of_an_array_does_its_part_of_a_comparison(
+    repository: pathlib.Path, fake: Fake, tmp_path: pathlib.Path
+) -> None:
+    fake("srun", "exit 0")
+    array = {"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": "8"}
+    command = ("compare", "--output=runs/x")
+    assert launch(repository / "launch" / "slurm.sbatch", *command, env=array).returncode == 0
+    [call] = calls(tmp_path)
+    assert call.endswith(".venv/bin/ranktuner compare --output=runs/x --part=2/8")
+
+
 @pytest.mark.parametrize(("code", "requeued"), [(0, False), (1, False), (2, False), (75, True)])
 def test_slurm_requeues_a_preempted_run_and_no_other(
     code: int, requeued: bool, repository: pathlib.Path, fake: Fake, tmp_path: pathlib.Path

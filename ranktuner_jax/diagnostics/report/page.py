@@ -194,7 +194,7 @@ def theme(name: str) -> dict[str, Any]:
             "heatmap": c["heatmap"],
             "ramp": c["heatmap"],
             "diverging": c["diverging"],
-            "category": [c["accent"], c["second"], c["faint"]],
+            "category": [c["accent"], c["second"], c["faint"], *c["more"]],
         },
         "style": {
             "bound": line,

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import pathlib
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import jax
 import rich.console
@@ -19,6 +18,7 @@ from ranktuner_jax import data, evals
 from ranktuner_jax.data.load import conversations
 from ranktuner_jax.errors import UserError
 from ranktuner_jax.evals import benchmarks, engines
+from ranktuner_jax.train.commands import benchmark_flags
 from ranktuner_jax.train.config import TrainConfig
 from ranktuner_jax.train.run import Run
 from ranktuner_jax.train.runtime.preemption import PREEMPTED, StopNotice, Stopped
@@ -28,47 +28,9 @@ __all__ = ["add_arguments", "given", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that go with `--tasks`."""
-    sampling = engines.Sampling()
     group = parser.add_argument_group("benchmarks")
-    group.add_argument(
-        "--tasks",
-        metavar="NAMES",
-        help=f"benchmarks, separated by commas: {', '.join(evals.BENCHMARKS)}; or a .jsonl or "
-        ".parquet file of your own with a column answer",
-    )
+    benchmark_flags.add_arguments(group)
     group.add_argument("--output", help="folder for result.json and samples.jsonl")
-    group.add_argument(
-        "--data",
-        action="append",
-        default=[],
-        metavar="FOLDER|NAME=SOURCE",
-        help="a folder with the files of the benchmarks, or the rows of one: a .jsonl or .parquet "
-        "file, hub:owner/name or a TFDS name; default: the hub",
-    )
-    group.add_argument(
-        "--grader",
-        default="",
-        help="how a file of your own is graded: number, "
-        "math, choice, exact, python, or a task that the config file registers",
-    )
-    group.add_argument("--system", default="", help="the system prompt for a file of your own")
-    group.add_argument("--limit", type=int, help="only the first so many questions of each")
-    group.add_argument("--samples", type=int, default=sampling.samples, help="answers a question")
-    group.add_argument(
-        "--temperature", type=float, default=sampling.temperature, help="0 is greedy (default)"
-    )
-    group.add_argument("--top_p", type=float, default=sampling.top_p)
-    group.add_argument("--top_k", type=int, default=sampling.top_k, help="0 for all tokens")
-    group.add_argument(
-        "--max_new_tokens", type=int, default=sampling.max_new_tokens, help="default: 1024"
-    )
-    group.add_argument("--seed", type=int, default=sampling.seed, help="of the sampling")
-    group.add_argument(
-        "--k", default="", help="values of k of pass@k; default: 1,2,4,... up to the samples"
-    )
-    group.add_argument(
-        "--cache_gb", type=float, default=1.0, help="memory for keys and values of all devices"
-    )
     group.add_argument("--regrade", action="store_true", help="grade the answers of --output again")
     group.add_argument(
         "--against",
@@ -99,33 +61,14 @@ def run(args: argparse.Namespace, config: TrainConfig) -> int:
     """Evaluates the benchmarks, and prints a table."""
     if not args.output:
         raise UserError("--output: expected a folder for the answers, got none")
-    sampling = engines.Sampling(
-        samples=args.samples,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        max_new_tokens=args.max_new_tokens,
-        seed=args.seed,
-    )
-    if args.limit is not None and args.limit < 1:
-        raise UserError(f"--limit: expected at least 1, got {args.limit}")
-    sources = _sources(args.data)
-    tasks = []
-    names = [name.strip() for name in args.tasks.split(",")]
-    if (args.grader or args.system) and all(name in evals.BENCHMARKS for name in names):
-        raise UserError(
-            "--grader, --system: expected a file of your own in --tasks, got benchmarks, which "
-            "have theirs; leave them out"
-        )
-    if unknown := sorted(set(sources) - {"", *names}):
-        raise UserError(f"--data: expected a name in --tasks={args.tasks}, got {unknown[0]!r}")
-    for name in names:
-        benchmark = evals.find_benchmark(name, grader=args.grader, system=args.system)
-        tasks.append((benchmark, evals.read_questions(benchmark, sources, args.limit)))
+    sampling = benchmark_flags.sampling(args)
+    tasks = benchmark_flags.read_tasks(args)
     against = _read_against(args.against, tasks) if args.against else {}
     first = jax.process_index() == 0
     with _progress(first) as report:
-        suite = evals.Suite(tasks, sampling, args.output, ks=_numbers(args.k), report=report)
+        suite = evals.Suite(
+            tasks, sampling, args.output, ks=benchmark_flags.ks(args), report=report
+        )
         if args.regrade:
             scores = suite.grade() if first else {}
         else:
@@ -144,28 +87,6 @@ def run(args: argparse.Namespace, config: TrainConfig) -> int:
         if args.overlap:
             _show_overlap(args.overlap, tasks, config.data)
     return 0
-
-
-def _sources(given: Sequence[str]) -> dict[str, str]:
-    """`--data` as `read_questions` takes it."""
-    sources = {}
-    for text in given:
-        name, equals, source = text.partition("=")
-        folder = pathlib.Path(text).expanduser()
-        if folder.is_dir():
-            sources[""] = str(folder)
-        elif equals:
-            sources[name] = source
-        else:
-            raise UserError(f"--data: expected a folder or NAME=SOURCE, got {text!r}")
-    return sources
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(number) for number in text.split(",")] if text else []
-    except ValueError as error:
-        raise UserError(f"--k: expected numbers separated by commas, got {text!r}") from error
 
 
 def _engine(args: argparse.Namespace, config: TrainConfig) -> engines.Engine:
@@ -239,10 +160,7 @@ def _progress(first: bool) -> Iterator[_Report]:
         report.close()
 
 
-Tasks = Sequence[tuple[benchmarks.Benchmark, Sequence[benchmarks.Question]]]
-
-
-def _read_against(folder: str, tasks: Tasks) -> dict[str, evals.Scores]:
+def _read_against(folder: str, tasks: benchmark_flags.Tasks) -> dict[str, evals.Scores]:
     """The scores of another evaluation of the same questions, by benchmark."""
     found = evals.read_scores(folder)
     for benchmark, questions in tasks:
@@ -285,7 +203,7 @@ def _words(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _show_overlap(source: str, tasks: Tasks, settings: data.DataConfig) -> None:
+def _show_overlap(source: str, tasks: benchmark_flags.Tasks, settings: data.DataConfig) -> None:
     """Prints how many questions of each benchmark share words with training data."""
     for benchmark, questions in tasks:
         summary = data.Summary(settings.row_length)

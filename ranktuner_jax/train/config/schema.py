@@ -281,10 +281,12 @@ class TelemetryConfig:
     """Where metrics are logged, in addition to metrics.jsonl in the workdir.
 
     Attributes:
+      progress: Whether to show the progress of training, as a bar or as lines.
       tensorboard: Whether to write TensorBoard event files to tensorboard/ in the workdir.
       wandb: The Weights & Biases project to log to, as project or entity/project; empty for none.
     """
 
+    progress: bool = True
     tensorboard: bool = True
     wandb: str = ""
 

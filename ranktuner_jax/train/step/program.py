@@ -65,6 +65,19 @@ class StepProgram:
         self._program = step.lower(state, batch, self.off).compile()
         return True
 
+    @property
+    def memory_gb(self) -> float | None:
+        """What the compiled step needs on each device; None before it is compiled, or if unknown.
+
+        Its arguments, which include the state, and the largest sum of all that lives beside them.
+        """
+        memory = self._program and self._program.memory_analysis()
+        if not memory:
+            return None
+        # What is returned in the place of donated arguments is counted once.
+        new = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        return (memory.argument_size_in_bytes + new + memory.temp_size_in_bytes) / 1e9
+
     def __call__(
         self, state: TrainState, batch: Batch, hold: jax.Array
     ) -> tuple[TrainState, Metrics]:

@@ -37,6 +37,7 @@ class Telemetry:
         self._workdir, self._config, self._run = workdir, config, run
         self.metrics: dict[str, float] = {}
         self.metric_steps: dict[str, int] = {}
+        self._silent = jax.process_index() != 0 or not config.progress
         self._progress: Progress | None = None
         self._writer: Writer | None = None
 
@@ -48,7 +49,7 @@ class Telemetry:
           start: The step to resume from; metrics of later steps are dropped.
         """
         if self._progress is None:
-            self._progress = Progress(steps, silent=jax.process_index() != 0)
+            self._progress = Progress(steps, silent=self._silent)
         if self._writer is None and self._workdir is not None:
             self._writer = Writer(self._workdir, start, self._config, self._run)
 
@@ -61,7 +62,7 @@ class Telemetry:
     @property
     def progress(self) -> Progress:
         """The progress display; one without a bar while nothing is open."""
-        return self._progress or Progress(0, silent=jax.process_index() != 0, bar=False)
+        return self._progress or Progress(0, silent=self._silent, bar=False)
 
     @property
     def profile_path(self) -> os.PathLike[str] | None:

@@ -1,0 +1,1 @@
+"""Comparisons: many runs side by side, and what the differences are worth."""

@@ -1,0 +1,179 @@
+"""One run of a comparison: trained as by `ranktuner train`, then measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from ranktuner_jax import data, evals, files
+from ranktuner_jax.compare.outcome import Outcome
+from ranktuner_jax.compare.variants import Variant
+from ranktuner_jax.evals.benchmarks import Benchmark, Question, digest
+from ranktuner_jax.train import Hook, Run, TrainConfig, Trainer, train_and_evaluate
+
+__all__ = ["OUTCOME", "TARGET", "Measurements", "read_outcome"]
+
+OUTCOME = "outcome.json"
+TARGET = "target"
+"""The name of the task that a config itself evaluates on."""
+
+_MOST_POINTS = 200
+_CURVES = ("nll", "loss", "grad_norm", "learning_rate")
+_MEMORY = "memory/step_gb"
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurements:
+    """What is measured after a run, beside its own held-out evaluation.
+
+    Attributes:
+      tasks: Benchmarks and their questions.
+      sampling: How answers to them are drawn.
+      ks: The values of k of pass@k.
+      cache_gb: Memory for keys and values while answers are drawn.
+      retain: Rows whose plain NLL shows what is forgotten; "" for none.
+      keep_models: Whether checkpoints and models are kept.
+    """
+
+    tasks: Sequence[tuple[Benchmark, Sequence[Question]]] = ()
+    sampling: evals.Sampling = evals.Sampling()  # noqa: RUF009 (frozen)
+    ks: Sequence[int] = ()
+    cache_gb: float = 1.0
+    retain: str = ""
+    keep_models: bool = False
+
+    def run(
+        self,
+        variant: Variant,
+        rate: float,
+        seed: int,
+        role: Literal["search", "main"],
+        folder: pathlib.Path,
+        hooks: Sequence[Hook] = (),
+    ) -> Outcome:
+        """Trains a model and measures it; goes on where it was interrupted.
+
+        Args:
+          variant: The method.
+          rate: The peak learning rate.
+          seed: The seed.
+          role: What the run is for.
+          folder: Its folder, which then holds `outcome.json`.
+          hooks: Called while it trains.
+        """
+        config = variant.with_run(rate, seed)
+        result = train_and_evaluate(config, folder, hooks=[*hooks, Hook(_log_memory)])
+        model = str(folder / "model")
+        scores, digests, retention = self.of_model(config, model, folder / "evals")
+        if result.after.right:
+            scores[f"{TARGET}/pass@1"] = [float(right) for right in result.after.right]
+            digests[TARGET] = result.after.digest
+        curves, metrics = _training(folder, config)
+        outcome = Outcome(
+            variant.method,
+            variant.normalize,
+            rate,
+            seed,
+            role,
+            {"nll": result.after.nll, "token_accuracy": result.after.token_accuracy}
+            | metrics
+            | retention,
+            scores,
+            digests,
+            curves,
+        )
+        files.write_whole(folder / OUTCOME, json.dumps(outcome.to_json()))
+        if not self.keep_models:
+            for name in ("model", "checkpoints"):
+                shutil.rmtree(folder / name, ignore_errors=True)
+        return outcome
+
+    def of_model(
+        self, config: TrainConfig, model: str, folder: pathlib.Path
+    ) -> tuple[dict[str, Sequence[float]], dict[str, str], dict[str, float]]:
+        """The scores and digests of the benchmarks, and the NLL of the rows to retain.
+
+        Args:
+          config: How to read data and to compute.
+          model: The folder or name of the model.
+          folder: Keeps the answers.
+        """
+        scores: dict[str, Sequence[float]] = {}
+        retention: dict[str, float] = {}
+        if not self.tasks and not self.retain:
+            return scores, {}, retention
+        train = dataclasses.replace(config.train, remat="none")
+        opened = Run.open(dataclasses.replace(config, model=model, train=train))
+        if self.tasks:
+            engine = evals.LocalEngine(
+                opened.model,
+                opened.tokenizer,
+                # Not the folder's name: the comparison may be moved while it is interrupted.
+                name="",
+                enable_thinking=config.data.enable_thinking,
+                cache_gb=self.cache_gb,
+            )
+            suite = evals.Suite(self.tasks, self.sampling, folder, ks=self.ks)
+            for task, of_task in suite.run(engine).items():
+                for statistic, values in of_task.by_question.items():
+                    scores[f"{task}/{statistic}"] = values
+        if self.retain:
+            source = dataclasses.replace(
+                config.data, source=self.retain, mixture=(), split="train", holdout=0.0
+            )
+            result = evals.evaluate(
+                opened.model,
+                rows=data.load_rows(source, opened.tokenizer),
+                config=dataclasses.replace(config.eval, task=""),
+            )
+            retention = {"retention_nll": result.nll}
+        return scores, {b.name: digest(questions) for b, questions in self.tasks}, retention
+
+
+def read_outcome(folder: pathlib.Path) -> Outcome | None:
+    """The outcome of a run; None if it is not finished."""
+    path = folder / OUTCOME
+    return Outcome.from_json(json.loads(path.read_text())) if path.exists() else None
+
+
+def _log_memory(trainer: Trainer) -> None:
+    """Into metrics.jsonl, so that a run that is interrupted after training keeps it."""
+    if (memory := trainer.step_memory_gb) is not None:
+        trainer.log({_MEMORY: memory})
+
+
+def _training(
+    folder: pathlib.Path, config: TrainConfig
+) -> tuple[dict[str, Sequence[float]], dict[str, float]]:
+    """The curves and metrics of training, from metrics.jsonl."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    needed = ["step", "train/step_seconds", *(f"train/{name}" for name in _CURVES)]
+    # A value that is not finite, of a step that was skipped, is null.
+    steps = [line for line in lines if all(line.get(name) is not None for name in needed)]
+    if not steps:
+        return {}, {}
+    norms = _values(steps, "train/grad_norm")
+    seconds = _values(steps, "train/step_seconds")
+    metrics = {
+        "grad_norm": sum(norms) / len(norms),
+        "seconds": sum(seconds) / len(seconds) * steps[-1]["step"],
+    }
+    if config.optimizer.clip_norm:
+        clipped = sum(norm > config.optimizer.clip_norm for norm in norms)
+        metrics["clip_share"] = clipped / len(norms)
+    if memory := [line[_MEMORY] for line in lines if _MEMORY in line]:
+        metrics["memory_gb"] = memory[-1]
+    thinned = steps[:: math.ceil(len(steps) / _MOST_POINTS)]
+    curves: dict[str, Sequence[float]] = {"step": _values(thinned, "step")}
+    for name in _CURVES:
+        curves[name] = _values(thinned, f"train/{name}")
+    return curves, metrics
+
+
+def _values(lines: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+    return [float(line[name]) for line in lines]

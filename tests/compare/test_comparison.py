@@ -1,0 +1,261 @@
+"""A comparison trains as `ranktuner train` does, goes on after a stop, and is shared by parts."""
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import pytest
+
+from ranktuner_jax import cli
+from ranktuner_jax.compare.comparison import Comparison, Planned
+from ranktuner_jax.compare.measure import Measurements, read_outcome
+from ranktuner_jax.compare.outcome import Outcome
+from ranktuner_jax.compare.search import best_rates, widened
+from ranktuner_jax.compare.variants import Variant, read_variants
+from ranktuner_jax.errors import UserError
+from ranktuner_jax.train import Hook, Stopped, TrainConfig, Trainer, load_config, train_and_evaluate
+
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
+METHODS = "sft,ranktuner:base=one"
+
+
+@pytest.fixture(scope="module")
+def variants(tiny_config_file: pathlib.Path) -> list[Variant]:
+    def load(overrides: Sequence[str]) -> TrainConfig:
+        config = load_config(str(tiny_config_file), ["--config.train.steps=3", *overrides])
+        quiet = dataclasses.replace(config.telemetry, progress=False, tensorboard=False)
+        return dataclasses.replace(config, telemetry=quiet)
+
+    return read_variants(METHODS, "tokens", load)
+
+
+Make = Callable[..., Comparison]
+
+
+@pytest.fixture(scope="module")
+def make(variants: list[Variant]) -> Make:
+    def comparison(folder: pathlib.Path, **options: object) -> Comparison:
+        chosen: dict[str, object] = {"rates": [3e-2], "seeds": 2, "search_seeds": 1}
+        chosen |= {"measurements": Measurements()} | options
+        return Comparison(folder, variants, **chosen)  # type: ignore[arg-type]
+
+    return comparison
+
+
+@pytest.fixture(scope="module")
+def finished(make: Make, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The folder of a comparison that was never interrupted."""
+    folder = tmp_path_factory.mktemp("compared") / "whole"
+    comparison = make(folder)
+    assert comparison.run()
+    comparison.write_results()
+    return folder
+
+
+class Drawn(Measurements):
+    """In the place of training: scores that depend on the method and the learning rate alone."""
+
+    def run(
+        self,
+        variant: Variant,
+        rate: float,
+        seed: int,
+        role: Literal["search", "main"],
+        folder: pathlib.Path,
+        hooks: Sequence[Hook] = (),
+    ) -> Outcome:
+        best = {"sft": 1e-2, "ranktuner:base=one": 3.0}[variant.method]
+        right = (1.0, float(rate == best), 0.0)
+        outcome = Outcome(
+            *(variant.method, "tokens", rate, seed, role),
+            metrics={"nll": abs(math.log(rate / best)), "token_accuracy": 0.5},
+            scores={"target/pass@1": right},
+            digests={"target": "a"},
+            curves={},
+        )
+        folder.mkdir(parents=True)
+        (folder / "outcome.json").write_text(json.dumps(outcome.to_json()))
+        return outcome
+
+
+def numbers(folder: pathlib.Path) -> dict[str, tuple[object, ...]]:
+    """What must not depend on when and where a run was done, by its folder."""
+    paths = sorted((folder / "runs").glob("*/*/*/outcome.json"))
+    found: dict[str, tuple[object, ...]] = {}
+    for path in paths:
+        outcome = json.loads(path.read_text())
+        metrics = {k: v for k, v in outcome["metrics"].items() if k not in ("seconds", "memory_gb")}
+        name = str(path.parent.relative_to(folder / "runs"))
+        found[name] = (metrics, outcome["scores"], outcome["digests"], outcome["curves"].get("nll"))
+    return found
+
+
+def test_a_run_is_that_of_ranktuner_train(
+    finished: pathlib.Path, variants: list[Variant], tmp_path: pathlib.Path
+) -> None:
+    config = variants[1].with_run(3e-2, seed=1)
+    assert config.loss.make_weighting().base == "one"
+    alone = train_and_evaluate(config, tmp_path / "alone")
+    outcome = read_outcome(finished / "runs/ranktuner,base=one/0.03/seed-1")
+    assert outcome is not None
+    assert outcome.metrics["nll"] == alone.after.nll
+    assert outcome.scores["target/pass@1"] == tuple(map(float, alone.after.right))
+    assert len(alone.after.right) == alone.after.questions == 8
+    assert sum(alone.after.right) == alone.after.correct
+    lines = (tmp_path / "alone" / "metrics.jsonl").read_text().splitlines()
+    steps = [line for line in map(json.loads, lines) if "train/nll" in line]
+    assert outcome.curves["nll"] == tuple(line["train/nll"] for line in steps)
+    norms = [line["train/grad_norm"] for line in steps]
+    assert outcome.metrics["grad_norm"] == pytest.approx(sum(norms) / len(norms))
+    assert outcome.metrics["clip_share"] == sum(norm > 1 for norm in norms) / len(norms)
+    assert outcome.metrics["memory_gb"] > 0
+
+
+def test_the_runs_answer_the_same_questions_and_leave_everything_but_their_models(
+    finished: pathlib.Path,
+) -> None:
+    results = json.loads((finished / "results.json").read_text())
+    outcomes = [Outcome.from_json(saved) for saved in results["outcomes"]]
+    assert [(o.method, o.seed) for o in outcomes] == [
+        (method, seed) for seed in (0, 1) for method in METHODS.split(",")
+    ]
+    assert len({outcome.digests["target"] for outcome in outcomes}) == 1
+    assert not list(finished.glob("runs/**/checkpoints"))
+    assert not list(finished.glob("runs/**/model"))
+    assert len(list(finished.glob("runs/**/metrics.jsonl"))) == len(outcomes)
+    assert results["settings"]["before"].keys() >= {"nll", "target/pass@1"}
+
+
+def test_a_stopped_comparison_goes_on_to_the_same_numbers(
+    finished: pathlib.Path, make: Make, tmp_path: pathlib.Path
+) -> None:
+    def interrupt(trainer: Trainer) -> None:
+        if trainer.steps_done == 2:
+            raise Stopped("as by Ctrl-C")
+
+    done: list[str] = []
+
+    def second(run: Planned, number: int, total: int) -> Sequence[Hook]:
+        done.append(run.name)
+        return [Hook(interrupt, every=1)] if len(done) == 2 else []
+
+    folder = tmp_path / "stopped"
+    with pytest.raises(Stopped):
+        make(folder, started=second).run()
+    assert len(numbers(folder)) == 1
+    again: list[str] = []
+
+    def noted(run: Planned, number: int, total: int) -> Sequence[Hook]:
+        again.append(run.name)
+        return []
+
+    moved = folder.rename(tmp_path / "moved")
+    assert make(moved, started=noted, seeds=1).run()
+    assert again == done[1:]
+    assert numbers(moved).items() <= numbers(finished).items()
+    assert len(numbers(moved)) == 2
+
+
+def test_the_grid_grows_for_all_methods_where_one_of_them_is_best_at_its_end(
+    make: Make, tmp_path: pathlib.Path
+) -> None:
+    comparison = make(tmp_path / "whole", measurements=Drawn(), rates=[1e-3, 1e-2, 1e-1])
+    assert comparison.run()
+    # 3.0 is not reached: beyond 0.1 the grid grows by tens, and the score is the same everywhere.
+    assert comparison.best_rates() == {"sft": 1e-2, "ranktuner,base=one": 1.0}
+    searched = {path.parts[-2:] for path in (tmp_path / "whole" / "runs").glob("*/*/search-0")}
+    names = {path.parts[-3] for path in (tmp_path / "whole" / "runs").glob("*/*/search-0")}
+    assert names == {"sft", "ranktuner,base=one"}
+    assert {rate for rate, _ in searched} == {"0.001", "0.01", "0.1", "1", "10"}
+    outcomes = [comparison._outcome(run) for run in comparison._planned()]
+    seeds = {
+        role: {o.seed for o in outcomes if o and o.role == role} for role in ("search", "main")
+    }
+    assert seeds == {"search": {1000}, "main": {0, 1}}
+
+
+def test_parts_wait_for_each_other_and_come_to_the_same_result(
+    make: Make, tmp_path: pathlib.Path
+) -> None:
+    options = {"measurements": Drawn(), "rates": [1e-3, 1e-2, 1e-1]}
+    assert make(tmp_path / "whole", **options).run()
+    folder = tmp_path / "parts"
+    part = make(folder, part=(1, 2), **options)
+    assert not part.run()
+    assert part.missing() == 3
+    turns = 0
+    while not (
+        make(folder, part=(1, 2), **options).run() & make(folder, part=(0, 2), **options).run()
+    ):
+        turns += 1
+        assert turns < 8
+    assert numbers(folder) == numbers(tmp_path / "whole")
+
+
+def test_seeds_and_methods_can_be_added_but_nothing_else_may_change(
+    finished: pathlib.Path, make: Make, variants: list[Variant]
+) -> None:
+    before = numbers(finished)
+    with pytest.raises(UserError, match=r"holds a comparison with other settings \(retain: ''"):
+        make(finished, measurements=Measurements(retain="rows.jsonl"))
+    (other := finished.parent / "other").mkdir()
+    (other / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds something else"):
+        make(other)
+    assert make(finished, seeds=3).run()
+    assert numbers(finished).items() > before.items()
+    assert len(numbers(finished)) == len(before) + 2
+
+
+def outcome(method: str, rate: float, right: Sequence[float], nll: float = 1.0) -> Outcome:
+    return Outcome(method, "tokens", rate, 1000, "search", {"nll": nll}, {"t": right}, {}, {})
+
+
+def test_the_best_rate_has_the_highest_mean_score_and_of_equals_the_lower_nll() -> None:
+    sft, dft = Variant("sft", "tokens", TrainConfig()), Variant("dft", "tokens", TrainConfig())
+    searched = [
+        outcome("sft", 1e-4, (1.0, 0.0)),
+        outcome("sft", 1e-4, (0.0, 0.0)),
+        outcome("sft", 1e-3, (1.0, 0.0)),
+        outcome("sft", 1e-3, (1.0, 0.0)),
+        outcome("dft", 1e-4, (0.0, 0.0), nll=2.0),
+        outcome("dft", 1e-3, (0.0, 0.0), nll=1.5),
+        dataclasses.replace(outcome("dft", 1e-4, (1.0, 1.0)), role="main"),
+    ]
+    assert best_rates(searched, [sft, dft], "t") == {"sft": 1e-3, "dft": 1e-3}
+    assert widened([1e-4, 1e-3], {"sft": 1e-3, "dft": 1e-4}) == [1e-5, 1e-4, 1e-3, 1e-2]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--methods=dft"], "--methods: expected sft among them"),
+        (["--methods=sft,sft"], "--methods: expected each method once, got sft twice"),
+        (["--methods=sft,ranktuner:one"], "expected options such as base=one after ranktuner:"),
+        (["--methods=sft,rank"], "loss.weighting: expected"),
+        (["--methods=sft,ranktuner:base=two"], "base"),
+        (["--seeds=0"], "--seeds: expected at least 1, got 0"),
+        (["--rates=fast"], "--rates: expected numbers separated by commas, got 'fast'"),
+        (["--rates=0"], "--rates: expected numbers above 0"),
+        (["--part=2/2"], "--part: expected K/N with K from 0 to N - 1"),
+        (["--normalize=weights"], "--normalize: expected tokens or tokens,weights"),
+        (["--config.eval.task="], "eval.task: expected questions to compare the methods by"),
+        (["--tasks=absent.jsonl", "--grader=number"], "absent.jsonl"),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_is_trained(
+    flags: list[str],
+    message: str,
+    tiny_config_file: pathlib.Path,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "compared"
+    command = ["compare", f"--config={tiny_config_file}", f"--output={output}", *flags]
+    assert cli.main(command) == 2
+    assert message in capsys.readouterr().err
+    assert not (output / "runs").exists()

@@ -1,5 +1,6 @@
 """The command line: its imports, its help, and how it fails."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -110,27 +111,40 @@ def test_a_closed_pipe_prints_no_error(argv: list[str]) -> None:
     assert ran.returncode == 1
 
 
-@pytest.mark.parametrize(
-    "argv",
-    [
-        ["train", "--workdir=x", "--config.data.source=none.jsonl"],
-        ["train", "--workdir=x", "--config=broken.py"],
-        ["eval", "--config=own_data", "--model=none"],
-        ["data", "inspect", "--config.data.source=none.jsonl"],
-        ["data", "prepare", "--output=y", "--config.data.source=none.jsonl"],
-        ["bench", "data", "--config.model=none"],
-        ["export", "--workdir=none", "--output=y"],
-    ],
-    ids=" ".join,
-)
-def test_a_user_error_prints_one_line_and_nothing_else(
-    argv: list[str], tmp_path: pathlib.Path
-) -> None:
-    """In a process of its own, where libraries may print something when they are imported."""
+MISTAKES = [
+    ["train", "--workdir=x", "--config.data.source=none.jsonl"],
+    ["train", "--workdir=x", "--config=broken.py"],
+    ["eval", "--config=own_data", "--model=none"],
+    ["data", "inspect", "--config.data.source=none.jsonl"],
+    ["data", "prepare", "--output=y", "--config.data.source=none.jsonl"],
+    ["bench", "data", "--config.model=none"],
+    ["export", "--workdir=none", "--output=y"],
+]
+
+
+def test_user_errors_print_one_line_each_and_nothing_else(tmp_path: pathlib.Path) -> None:
+    """In a process of their own, where libraries may print something when they are imported."""
     (tmp_path / "broken.py").write_text("def get_config():\n    return {\n")
-    command = [sys.executable, "-m", "ranktuner_jax.cli", *argv]
+    code = """
+import json, sys
+from ranktuner_jax import cli
+for argv in json.loads(sys.argv[1]):
+    print(f"> {argv}", file=sys.stderr)
+    assert cli.main(argv) == 2, argv
+"""
+    command = [sys.executable, "-c", code, json.dumps(MISTAKES)]
     env = os.environ | {"RANKTUNER_CACHE": str(tmp_path / "cache")}
     ran = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout == ""
+    lines = ran.stderr.splitlines()
+    assert lines[::2] == [f"> {argv}" for argv in MISTAKES]
+    assert all(line.startswith("ranktuner: ") for line in lines[1::2]), ran.stderr
+    assert len(lines) == 2 * len(MISTAKES), ran.stderr
+
+
+def test_a_user_error_ends_the_command_with_2(tmp_path: pathlib.Path) -> None:
+    ran = run_buffered(["export", f"--workdir={tmp_path}/none", "--output=y"], subprocess.PIPE)
     assert ran.returncode == 2
     assert ran.stdout == ""
     assert ran.stderr.startswith("ranktuner: ")

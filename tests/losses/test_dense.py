@@ -1,5 +1,6 @@
 """The dense loss against the oracle."""
 
+import functools
 import math
 from typing import Any
 
@@ -43,6 +44,11 @@ def value_and_grads(problem: Problem, weighting: losses.Weighting, **options: An
     grad = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
     (_, output), gradients = grad(jnp.asarray(problem.hidden), jnp.asarray(problem.unembed))
     return output, gradients
+
+
+def compiled(logits: Array, labels: Array, mask: Array, **options: Any) -> losses.LossOutput:
+    """The loss as one program: compiled sooner than each of its operations."""
+    return jax.jit(functools.partial(losses.weighted_nll, **options))(logits, labels, mask)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=method_id)
@@ -96,7 +102,7 @@ def test_ramp_goes_from_plain_nll_to_the_method_without_a_new_trace() -> None:
 
 def test_talr_takes_sequences_from_ids(rng: np.random.Generator) -> None:
     ids = rng.choice([-7, 3, 4, 900], PROBLEM.labels.shape).astype(np.int32)
-    output = losses.weighted_nll(
+    output = compiled(
         PROBLEM.logits, PROBLEM.labels, PROBLEM.mask, weighting=losses.TALR(), sequence_ids=ids
     )
     assert_same_sums(output, oracle(PROBLEM, ("talr", {}), sequence_ids=ids)[0])
@@ -107,13 +113,14 @@ def test_talr_takes_sequences_from_ids(rng: np.random.Generator) -> None:
 def test_talr_of_an_even_number_of_sequences_takes_the_mean_of_the_middle_two() -> None:
     four = make_problem(5, 7, seed=1)
     four.mask[2] = False  # a row without a supervised token is no sequence
-    output = losses.weighted_nll(four.logits, four.labels, four.mask, weighting=losses.TALR())
+    output = compiled(four.logits, four.labels, four.mask, weighting=losses.TALR())
     assert_same_sums(output, oracle(four, ("talr", {}))[0])
 
 
 def test_talr_bounds_tau_below_if_every_token_is_certain() -> None:
     logits = jnp.array([[[200.0, 0.0], [200.0, 0.0]]])
-    output = losses.weighted_nll(logits, jnp.array([[0, 0]]), weighting=losses.TALR())
+    labels, mask = jnp.array([[0, 0]]), jnp.ones((1, 2), bool)
+    output = compiled(logits, labels, mask, weighting=losses.TALR())
     np.testing.assert_allclose(output.metrics["weight"], 2.0)
 
 
@@ -167,7 +174,7 @@ def logits_of_entropy(bits: float, vocab: int = 5) -> np.ndarray:
 def test_each_side_of_two_bits_takes_its_branch(side: float) -> None:
     logits: Array = logits_of_entropy(2 + side).astype(np.float32)[None]
     label: Array = np.array([0])
-    output = losses.weighted_nll(logits, label, weighting=losses.RankTuner(base="one"))
+    output = compiled(logits, label, np.array([True]), weighting=losses.RankTuner(base="one"))
     expected = oracles.weighted_nll(logits, label, np.array([True]), "ranktuner", {"base": "one"})
     assert_same_sums(output, expected)
 
@@ -190,9 +197,7 @@ def test_logits_of_minus_infinity_are_ignored() -> None:
     for method in METHODS[:1] + METHODS[4:5] + METHODS[9:10] + METHODS[16:18]:
         weighting = make_weighting(method)
         total, gradient = jax.value_and_grad(
-            lambda z, w=weighting, m=PROBLEM.mask: (
-                losses.weighted_nll(z, labels, m, weighting=w).total
-            )
+            lambda z, w=weighting, m=PROBLEM.mask: compiled(z, labels, m, weighting=w).total
         )(jnp.asarray(logits))
         expected = oracles.weighted_nll(logits, labels, PROBLEM.mask, *method)
         np.testing.assert_allclose(total, expected.total, **F32)
@@ -210,7 +215,7 @@ def test_huge_logits_stay_finite(rng: np.random.Generator) -> None:
     ):
         weighting = make_weighting(method)
         total, gradient = jax.value_and_grad(
-            lambda z, w=weighting, m=mask: losses.weighted_nll(z, labels, m, weighting=w).total
+            lambda z, w=weighting, m=mask: compiled(z, labels, m, weighting=w).total
         )(jnp.asarray(logits))
         expected = oracles.weighted_nll(logits, labels, mask, *method)
         assert np.isfinite(expected.total)
@@ -370,9 +375,7 @@ def test_any_shape_and_mask(
     logits = (rng.normal(size=(*shape, vocab)) * rng.choice([0.1, 1, 20])).astype(np.float32)
     labels = rng.integers(0, vocab, shape).astype(np.int32)
     mask = np.asarray(rng.random(shape) < share)
-    output = losses.weighted_nll(
-        logits, jnp.asarray(labels), jnp.asarray(mask), weighting=make_weighting(method)
-    )
+    output = compiled(logits, labels, mask, weighting=make_weighting(method))
     expected = oracles.weighted_nll(
         logits.reshape(-1, vocab) if not shape else logits,
         np.atleast_1d(labels),

@@ -4,12 +4,10 @@ import json
 import pathlib
 from collections.abc import Callable, Iterator
 
-import jax
 import pytest
 import tokenizers
 import transformers
 from flax import nnx
-from jax.experimental.compilation_cache import compilation_cache
 
 from ranktuner_jax import models
 from ranktuner_jax.train import TrainConfig, load_config
@@ -111,19 +109,3 @@ def tiny_config(tiny_config_file: pathlib.Path) -> Callable[..., TrainConfig]:
         return load_config(str(tiny_config_file), arguments)
 
     return make
-
-
-@pytest.fixture(scope="module")
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The runs of these tests share few programs, each of which is compiled once."""
-    wanted = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in wanted}
-    for settings in (wanted, before):
-        for name, value in settings.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if settings is wanted:
-            yield

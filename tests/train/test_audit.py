@@ -23,8 +23,6 @@ from tests.train import processes
 from tests.train.conftest import TINY_CONFIG
 from tests.train.happenings import sigterm_inside
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 PREEMPTED = 75
 METHODS = [
     *("sft", "dft", "eaft", "talr", "profit", "deft", "idft", "entropy"),
@@ -283,12 +281,8 @@ def test_a_killed_audit_scores_no_part_again_and_gives_the_same_bytes(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     command = [*command, f"--output={tmp_path / 'cut'}"]
-    compiled = {
-        "JAX_COMPILATION_CACHE_DIR": str(jax.config.values["jax_compilation_cache_dir"]),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
-    }
-    killed = subprocess.run([sys.executable, "-c", KILLED, *command], env=os.environ | compiled)
+    precision = {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+    killed = subprocess.run([sys.executable, "-c", KILLED, *command], env=os.environ | precision)
     assert killed.returncode == -signal.SIGKILL
     kept = sorted((tmp_path / "cut" / ".parts").glob("0*.parquet"))
     assert [path.name for path in kept] == ["000000.parquet", "000001.parquet"]

@@ -35,8 +35,6 @@ from tests.train.happenings import BeforeStep, sigterm, sigterm_inside, train_sp
 
 MakeConfig = Callable[..., TrainConfig]
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 
 def weights(workdir: pathlib.Path) -> bytes:
     return (workdir / "model" / "model.safetensors").read_bytes()

@@ -29,8 +29,6 @@ from tests.train.test_trainer import make_batches, make_trainer
 
 MakeConfig = Callable[..., TrainConfig]
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 
 class Log(Hook):
     """Logs given values of a metric, one a call."""

@@ -23,8 +23,6 @@ from tests.train.happenings import BeforeStep
 
 MakeConfig = Callable[..., TrainConfig]
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 
 def weights(folder: pathlib.Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()

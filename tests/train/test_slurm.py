@@ -53,7 +53,7 @@ def test_a_preempted_job_is_requeued_and_finishes(
         "SLURM_JOB_ID": "7",
         "PIDS": str(pids),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1",
     }
     job = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
     metrics, deadline = workdir / "metrics.jsonl", time.monotonic() + 120

@@ -37,7 +37,6 @@ from tests.train.happenings import BeforeStep, sigterm
 
 MakeConfig = Callable[..., TrainConfig]
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
 MODEL = models.DecoderConfig(
     vocab_size=31,
     hidden_size=16,

@@ -49,7 +49,7 @@ def get_config():
     return ConfigDict({config!r})
 '''
 
-pytestmark = pytest.mark.usefixtures("registries", "compiled_once")
+pytestmark = pytest.mark.usefixtures("registries")
 
 
 REGISTRIES: tuple[dict[str, Any], ...] = (losses.WEIGHTINGS, train.OPTIMIZERS, evals.TASKS)

@@ -29,8 +29,8 @@ __all__ = ["add_arguments", "given", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that go with `--tasks`."""
     group = parser.add_argument_group("benchmarks")
-    benchmark_flags.add_arguments(group)
     group.add_argument("--output", help="folder for result.json and samples.jsonl")
+    benchmark_flags.add_arguments(group)
     group.add_argument("--regrade", action="store_true", help="grade the answers of --output again")
     group.add_argument(
         "--against",

@@ -138,6 +138,7 @@ class Comparison:
         analysis = analyse(outcomes, primary=self.primary, baseline=baseline)
         best = self.best_rates()
         settings = self._settings() | {
+            "baseline": baseline,
             "rates": self._rates,
             "best_rates": best,
             "at_edge": [

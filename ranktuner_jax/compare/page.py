@@ -36,7 +36,7 @@ def write_compare_report(folder: str | os.PathLike[str]) -> pathlib.Path:
         results = json.loads(path.read_text(encoding="utf-8"))
         settings: dict[str, Any] = dict(results["settings"])
         outcomes = [Outcome.from_json(saved) for saved in results["outcomes"]]
-        analysis = analyse(outcomes, primary=settings["primary"])
+        analysis = analyse(outcomes, primary=settings["primary"], baseline=settings["baseline"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{folder}: expected the folder of a finished ranktuner compare, got none "

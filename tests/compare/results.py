@@ -96,6 +96,7 @@ def write_results(
     content = {
         "settings": {
             "primary": PRIMARY,
+            "baseline": "sft",
             "config": {"model": "tiny", "data": {"source": HOSTILE}},
             "before": {PRIMARY: 0.05, "nll": 3.2},
             **settings,

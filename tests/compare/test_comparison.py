@@ -1,6 +1,8 @@
 """A comparison trains as `ranktuner train` does, goes on after a stop, and is shared by parts."""
 
+import collections
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
@@ -13,6 +15,7 @@ from ranktuner_jax import cli
 from ranktuner_jax.compare.comparison import Comparison, Planned
 from ranktuner_jax.compare.measure import Measurements, read_outcome
 from ranktuner_jax.compare.outcome import Outcome
+from ranktuner_jax.compare.page import write_compare_report
 from ranktuner_jax.compare.search import best_rates, widened
 from ranktuner_jax.compare.variants import Variant, read_variants
 from ranktuner_jax.errors import UserError
@@ -163,19 +166,36 @@ def test_a_stopped_comparison_goes_on_to_the_same_numbers(
 def test_the_grid_grows_for_all_methods_where_one_of_them_is_best_at_its_end(
     make: Make, tmp_path: pathlib.Path
 ) -> None:
-    comparison = make(tmp_path / "whole", measurements=Drawn(), rates=[1e-3, 1e-2, 1e-1])
+    folder = tmp_path / "whole"
+    comparison = make(folder, measurements=Drawn(), rates=[1e-3, 1e-2, 1e-1])
     assert comparison.run()
     # 3.0 is not reached: beyond 0.1 the grid grows by tens, and the score is the same everywhere.
     assert comparison.best_rates() == {"sft": 1e-2, "ranktuner,base=one": 1.0}
-    searched = {path.parts[-2:] for path in (tmp_path / "whole" / "runs").glob("*/*/search-0")}
-    names = {path.parts[-3] for path in (tmp_path / "whole" / "runs").glob("*/*/search-0")}
-    assert names == {"sft", "ranktuner,base=one"}
-    assert {rate for rate, _ in searched} == {"0.001", "0.01", "0.1", "1", "10"}
-    outcomes = [comparison._outcome(run) for run in comparison._planned()]
-    seeds = {
-        role: {o.seed for o in outcomes if o and o.role == role} for role in ("search", "main")
+    outcomes = [json.loads(path.read_text()) for path in folder.glob("runs/*/*/*/outcome.json")]
+    runs = collections.Counter((o["method"], o["rate"], o["role"], o["seed"]) for o in outcomes)
+    assert set(runs.values()) == {1}
+    searched = {run[:2] for run in runs if run[2:] == ("search", 1000)}
+    assert searched == set(itertools.product(METHODS.split(","), (1e-3, 1e-2, 1e-1, 1.0, 10.0)))
+    counted = {run for run in runs if run[2] == "main"}
+    assert counted == {
+        (method, rate, "main", seed)
+        for method, rate in (("sft", 1e-2), ("ranktuner:base=one", 1.0))
+        for seed in (0, 1)
     }
-    assert seeds == {"search": {1000}, "main": {0, 1}}
+
+
+def test_the_table_and_the_page_show_differences_from_the_baseline_that_is_asked_for(
+    finished: pathlib.Path, make: Make
+) -> None:
+    comparison = make(finished)
+    assert comparison.run()
+    [base, other] = comparison.write_results("ranktuner:base=one").groups["tokens"]
+    assert (base.method, other.method) == ("ranktuner:base=one", "sft")
+    page = write_compare_report(finished).read_text()
+    assert "minus RankTuner base=one" in page
+    assert "minus SFT" not in page
+    comparison.write_results()
+    assert "minus SFT" in write_compare_report(finished).read_text()
 
 
 def test_parts_wait_for_each_other_and_come_to_the_same_result(

@@ -188,7 +188,10 @@ def test_hostile_text_is_text_and_nothing_outside_is_referred_to(page: pathlib.P
         ('{"settings": {}, "tables": []}', "got none (KeyError: 'outcomes'"),
         ('{"settings": {"primary": "x"}, "outcomes": [{"method": "sft"}]}', "got none (KeyError"),
         ('{"settings": {"primary": "x"}, "outcomes": [1]}', "got none (TypeError"),
-        ('{"settings": {"primary": "x"}, "outcomes": []}', "expected runs of sft"),
+        (
+            '{"settings": {"primary": "x", "baseline": "sft"}, "outcomes": []}',
+            "expected runs of sft",
+        ),
     ],
 )
 def test_a_foreign_result_is_one_line(

@@ -86,8 +86,14 @@ class EvalResult:
         return numbers
 
     def to_json(self) -> dict[str, Any]:
-        """A dict that `from_json` reads back."""
-        return dataclasses.asdict(self)
+        """A dict that `from_json` reads back; `right` is a string of 0 and 1.
+
+        Example:
+          >>> result = EvalResult(nll=1.5, token_accuracy=0.5, tokens=8, right=(True, False))
+          >>> result.to_json()["right"]
+          '10'
+        """
+        return dataclasses.asdict(self) | {"right": "".join("01"[right] for right in self.right)}
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> EvalResult:
@@ -95,9 +101,10 @@ class EvalResult:
 
         Example:
           >>> import json
-          >>> result = EvalResult(nll=1.5, token_accuracy=0.5, tokens=8)
+          >>> result = EvalResult(nll=1.5, token_accuracy=0.5, tokens=8, right=(True, False))
           >>> EvalResult.from_json(json.loads(json.dumps(result.to_json()))) == result
           True
         """
         previews = tuple(Preview(**preview) for preview in saved["previews"])
-        return cls(**{**saved, "previews": previews, "right": tuple(saved.get("right", ()))})
+        right = tuple(digit == "1" for digit in saved.get("right", ""))
+        return cls(**{**saved, "previews": previews, "right": right})

@@ -46,7 +46,8 @@ class RunResult:
 
     def to_json(self) -> dict[str, Any]:
         """A dict that `from_json` reads back."""
-        return dataclasses.asdict(self)
+        results = {name: getattr(self, name).to_json() for name in ("before", "after")}
+        return dataclasses.asdict(self) | results
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> RunResult:

@@ -2,13 +2,13 @@
 
 ranktuner compare --methods=sft,dft,ranktuner,ranktuner:base=one --output=compared/first
 ranktuner compare --config=own_data --config.data.source=rows.jsonl --seeds=5 --output=compared/mine
-ranktuner compare --config=lab_cell --tasks=lab/target.jsonl,lab/ood.jsonl --grader=number \
+ranktuner compare --config=lab_cell --tasks=lab/ood.jsonl --grader=number \
   --retain=lab/retention.jsonl --output=compared/lab
 
 First every method is trained at every learning rate of --rates, on seeds of their own, and the rate
 with the best primary score is chosen; where it lies at an end of the grid, the grid is widened for
 all methods. Then each is trained once a seed, in the same order of the data for all methods. The
-primary score is pass@1 of the first of --tasks, or of the config's own held-out questions.
+primary score is pass@1 of the config's own held-out questions, or of the task that --primary names.
 
 The folder gets results.json and report.html; runs/ holds each run's folder. Run the same command
 again to go on after an interruption; --seeds, --methods and --rates may grow. With --part=K/N, one
@@ -27,7 +27,7 @@ from collections.abc import Sequence
 import rich.console
 
 from ranktuner_jax.compare.comparison import Comparison
-from ranktuner_jax.compare.measure import Measurements
+from ranktuner_jax.compare.measure import OWN, Measurements
 from ranktuner_jax.compare.page import write_compare_report
 from ranktuner_jax.compare.progress import run_progress
 from ranktuner_jax.compare.search import default_rates
@@ -56,6 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--baseline",
         default="sft",
         help="the method that the others are compared with (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--primary",
+        default="",
+        metavar="TASK",
+        help=f"the task whose score decides: {OWN}, the config's own questions, or one of --tasks "
+        "(default: the first of these that there is)",
     )
     parser.add_argument(
         "--seeds", type=int, default=5, help="runs of each method (default: %(default)s)"
@@ -102,11 +109,7 @@ def run(args: argparse.Namespace) -> int:
     )
     config = variants[0].config
     measurements = _measurements(args)
-    if not measurements.tasks and not Run.open(config).held_out.questions:
-        raise UserError(
-            "eval.task: expected questions to compare the methods by, found none in the held-out "
-            "rows; set eval.task and use rows with an `answer`, or name benchmarks with --tasks"
-        )
+    primary = measurements.primary(Run.open(config).held_out.questions, args.primary)
     keep_compiled()
     with run_progress() as progress:
         try:
@@ -114,6 +117,7 @@ def run(args: argparse.Namespace) -> int:
                 comparison = Comparison(
                     pathlib.Path(args.output),
                     variants,
+                    primary=primary,
                     rates=_rates(args.rates, config),
                     seeds=args.seeds,
                     search_seeds=args.search_seeds,

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from ranktuner_jax import files
 from ranktuner_jax.compare.analysis import Analysis, analyse
-from ranktuner_jax.compare.measure import TARGET, Measurements, read_outcome
+from ranktuner_jax.compare.measure import OWN, Measurements, read_outcome
 from ranktuner_jax.compare.outcome import Outcome
 from ranktuner_jax.compare.search import best_rates, widened
 from ranktuner_jax.compare.variants import Variant
@@ -62,6 +62,7 @@ class Comparison:
     Args:
       folder: The folder.
       variants: The methods.
+      primary: The score that decides, see `Measurements.primary`.
       rates: The learning rates to search; with a single one there is no search.
       seeds: How many runs of each method count.
       search_seeds: How many runs of each method and learning rate choose the rate.
@@ -71,10 +72,7 @@ class Comparison:
         returns hooks for it.
 
     Raises:
-      UserError: If the folder holds another comparison, or there is nothing to score.
-
-    Attributes:
-      primary: The score that decides: the first task's, or that of the config's own questions.
+      UserError: If the folder holds another comparison.
     """
 
     def __init__(
@@ -82,6 +80,7 @@ class Comparison:
         folder: pathlib.Path,
         variants: Sequence[Variant],
         *,
+        primary: str,
         rates: Sequence[float],
         seeds: int,
         search_seeds: int,
@@ -93,11 +92,7 @@ class Comparison:
         self._seeds, self._search_seeds = seeds, search_seeds
         self._measurements, self._part, self._started = measurements, part, started
         self._done: dict[str, Outcome] = {}
-        tasks = measurements.tasks
-        self.primary = f"{TARGET}/pass@1"
-        if tasks:
-            benchmark, _ = tasks[0]
-            self.primary = f"{benchmark.name}/{'accuracy' if benchmark.choices else 'pass@1'}"
+        self.primary = primary
         self._claim()
 
     def run(self) -> bool:
@@ -218,7 +213,7 @@ class Comparison:
         before = RunResult.from_json(saved).before
         own = {"nll": before.nll, "token_accuracy": before.token_accuracy}
         if before.accuracy is not None:
-            own[f"{TARGET}/pass@1"] = before.accuracy
+            own[f"{OWN}/pass@1"] = before.accuracy
         return own | json.loads(path.read_text())
 
     def _settings(self) -> dict[str, Any]:

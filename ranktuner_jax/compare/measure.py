@@ -13,14 +13,15 @@ from typing import Any, Literal
 from ranktuner_jax import data, evals, files
 from ranktuner_jax.compare.outcome import Outcome
 from ranktuner_jax.compare.variants import Variant
+from ranktuner_jax.errors import UserError
 from ranktuner_jax.evals.benchmarks import Benchmark, Question, digest
 from ranktuner_jax.train import Hook, Run, TrainConfig, Trainer, train_and_evaluate
 
-__all__ = ["OUTCOME", "TARGET", "Measurements", "read_outcome"]
+__all__ = ["OUTCOME", "OWN", "Measurements", "read_outcome"]
 
 OUTCOME = "outcome.json"
-TARGET = "target"
-"""The name of the task that a config itself evaluates on."""
+OWN = "held-out"
+"""The name of the task that a config itself evaluates on: its held-out questions."""
 
 _MOST_POINTS = 200
 _CURVES = ("nll", "loss", "grad_norm", "learning_rate")
@@ -47,6 +48,39 @@ class Measurements:
     retain: str = ""
     keep_models: bool = False
 
+    def primary(self, own_questions: int, wanted: str = "") -> str:
+        """The score that decides: pass@1 of a task, or its accuracy if it is one of choices.
+
+        Args:
+          own_questions: How many questions the config itself has.
+          wanted: The name of the task; by default the config's own, or the first of `tasks`.
+
+        Raises:
+          UserError: If there is no such task, or no question at all.
+
+        Example:
+          >>> Measurements().primary(own_questions=200)
+          'held-out/pass@1'
+        """
+        scores = {OWN: f"{OWN}/pass@1"} if own_questions else {}
+        for benchmark, _ in self.tasks:
+            if benchmark.name == OWN:
+                raise UserError(
+                    f"--tasks: expected no file named {OWN}, which the config's own questions are "
+                    "called; rename it"
+                )
+            statistic = "accuracy" if benchmark.choices else "pass@1"
+            scores[benchmark.name] = f"{benchmark.name}/{statistic}"
+        if not scores:
+            raise UserError(
+                "eval.task: expected questions to compare the methods by, found none in the "
+                "held-out rows; set eval.task and use rows with an `answer`, or name benchmarks "
+                "with --tasks"
+            )
+        if wanted and wanted not in scores:
+            raise UserError(f"--primary: expected one of {', '.join(scores)}, got {wanted!r}")
+        return scores[wanted] if wanted else next(iter(scores.values()))
+
     def run(
         self,
         variant: Variant,
@@ -71,8 +105,8 @@ class Measurements:
         model = str(folder / "model")
         scores, digests, retention = self.of_model(config, model, folder / "evals")
         if result.after.right:
-            scores[f"{TARGET}/pass@1"] = [float(right) for right in result.after.right]
-            digests[TARGET] = result.after.digest
+            scores[f"{OWN}/pass@1"] = [float(right) for right in result.after.right]
+            digests[OWN] = result.after.digest
         curves, metrics = _training(folder, config)
         outcome = Outcome(
             variant.method,

@@ -42,7 +42,12 @@ Make = Callable[..., Comparison]
 @pytest.fixture(scope="module")
 def make(variants: list[Variant]) -> Make:
     def comparison(folder: pathlib.Path, **options: object) -> Comparison:
-        chosen: dict[str, object] = {"rates": [3e-2], "seeds": 2, "search_seeds": 1}
+        chosen: dict[str, object] = {
+            "primary": "held-out/pass@1",
+            "rates": [3e-2],
+            "seeds": 2,
+            "search_seeds": 1,
+        }
         chosen |= {"measurements": Measurements()} | options
         return Comparison(folder, variants, **chosen)  # type: ignore[arg-type]
 
@@ -76,8 +81,8 @@ class Drawn(Measurements):
         outcome = Outcome(
             *(variant.method, "tokens", rate, seed, role),
             metrics={"nll": abs(math.log(rate / best)), "token_accuracy": 0.5},
-            scores={"target/pass@1": right},
-            digests={"target": "a"},
+            scores={"held-out/pass@1": right},
+            digests={"held-out": "a"},
             curves={},
         )
         folder.mkdir(parents=True)
@@ -106,7 +111,7 @@ def test_a_run_is_that_of_ranktuner_train(
     outcome = read_outcome(finished / "runs/ranktuner,base=one/0.03/seed-1")
     assert outcome is not None
     assert outcome.metrics["nll"] == alone.after.nll
-    assert outcome.scores["target/pass@1"] == tuple(map(float, alone.after.right))
+    assert outcome.scores["held-out/pass@1"] == tuple(map(float, alone.after.right))
     assert len(alone.after.right) == alone.after.questions == 8
     assert sum(alone.after.right) == alone.after.correct
     lines = (tmp_path / "alone" / "metrics.jsonl").read_text().splitlines()
@@ -126,11 +131,11 @@ def test_the_runs_answer_the_same_questions_and_leave_everything_but_their_model
     assert [(o.method, o.seed) for o in outcomes] == [
         (method, seed) for seed in (0, 1) for method in METHODS.split(",")
     ]
-    assert len({outcome.digests["target"] for outcome in outcomes}) == 1
+    assert len({outcome.digests["held-out"] for outcome in outcomes}) == 1
     assert not list(finished.glob("runs/**/checkpoints"))
     assert not list(finished.glob("runs/**/model"))
     assert len(list(finished.glob("runs/**/metrics.jsonl"))) == len(outcomes)
-    assert results["settings"]["before"].keys() >= {"nll", "target/pass@1"}
+    assert results["settings"]["before"].keys() >= {"nll", "held-out/pass@1"}
 
 
 def test_a_stopped_comparison_goes_on_to_the_same_numbers(
@@ -265,6 +270,7 @@ def test_the_best_rate_has_the_highest_mean_score_and_of_equals_the_lower_nll() 
         (["--normalize=weights"], "--normalize: expected tokens or tokens,weights"),
         (["--config.eval.task="], "eval.task: expected questions to compare the methods by"),
         (["--tasks=absent.jsonl", "--grader=number"], "absent.jsonl"),
+        (["--primary=ood"], "--primary: expected one of held-out, got 'ood'"),
     ],
 )
 def test_a_mistake_is_one_line_before_anything_is_trained(

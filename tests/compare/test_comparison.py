@@ -108,7 +108,11 @@ def test_a_run_is_that_of_ranktuner_train(
     config = variants[1].with_run(3e-2, seed=1)
     assert config.loss.make_weighting().base == "one"
     alone = train_and_evaluate(config, tmp_path / "alone")
-    outcome = read_outcome(finished / "runs/ranktuner,base=one/0.03/seed-1")
+    folder = finished / "runs/ranktuner,base=one/0.03/seed-1"
+    saved = json.loads((folder / "config.json").read_text())
+    assert (saved["optimizer"]["learning_rate"], saved["seed"]) == (3e-2, 1)
+    assert saved["loss"]["options"]["base"] == "one"
+    outcome = read_outcome(folder)
     assert outcome is not None
     assert outcome.metrics["nll"] == alone.after.nll
     assert outcome.scores["held-out/pass@1"] == tuple(map(float, alone.after.right))

@@ -1,6 +1,6 @@
 """Errors that are shown in one line: a user error, and a run that cannot continue."""
 
-__all__ = ["AlreadyReported", "RunError", "UserError"]
+__all__ = ["AlreadyReported", "DivergedError", "RunError", "UserError"]
 
 
 class UserError(Exception):
@@ -38,4 +38,14 @@ class RunError(Exception):
       >>> raise RunError("checkpoint 40: no space left on device; free some space and try again")
       Traceback (most recent call last):
       ranktuner_jax.errors.RunError: checkpoint 40: no space left on device; free some space ...
+    """
+
+
+class DivergedError(RunError):
+    """A run stopped because the loss or the gradient of a step is not finite.
+
+    Example:
+      >>> raise DivergedError("step 7: the loss is nan and the gradient norm inf")
+      Traceback (most recent call last):
+      ranktuner_jax.errors.DivergedError: step 7: the loss is nan and the gradient norm inf
     """

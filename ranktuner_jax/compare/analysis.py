@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from ranktuner_jax.compare.outcome import Outcome
+from ranktuner_jax.compare.search import Rate, searched
 from ranktuner_jax.compare.statistics import (
     difference_interval,
     holm,
@@ -29,7 +30,6 @@ __all__ = [
     "Estimate",
     "Measured",
     "MethodResult",
-    "Rate",
     "analyse",
 ]
 
@@ -95,15 +95,6 @@ class Curve:
     mean: Sequence[float]
     low: Sequence[float]
     high: Sequence[float]
-
-
-@dataclasses.dataclass(frozen=True)
-class Rate:
-    """A learning rate that was searched, and the mean primary score of its runs."""
-
-    rate: float
-    score: float
-    runs: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,7 +281,7 @@ def _result(
         | {name: _metric(name, runs, base) for name in metrics if _finite(name, runs)},
         p=p_value(primary_pairs.interval) if len(primary_pairs.seeds) > 1 else None,
         p_holm=None,
-        search=_search(method, normalize, primary, outcomes),
+        search=searched(outcomes, method, normalize, primary),
         curve=_curve(list(runs.values())),
     )
 
@@ -396,21 +387,6 @@ def _crossed(score: str, runs: Runs) -> bool:
             f"{len(set(digests))} sets for {len(digests)} seeds"
         )
     return len(set(digests)) == 1
-
-
-def _search(method: str, normalize: str, primary: str, outcomes: Iterable[Outcome]) -> list[Rate]:
-    by_rate: dict[float, list[Outcome]] = defaultdict(list)
-    for outcome in outcomes:
-        if (outcome.method, outcome.normalize, outcome.role) == (method, normalize, "search"):
-            by_rate[outcome.rate].append(outcome)
-    return [
-        Rate(
-            rate,
-            _mean([_mean(outcome.scores[primary]) for outcome in runs]),
-            len(runs),
-        )
-        for rate, runs in sorted(by_rate.items())
-    ]
 
 
 def _curve(runs: Sequence[Outcome]) -> Curve | None:

@@ -12,14 +12,16 @@ primary score is pass@1 of the config's own held-out questions, or of the task t
 
 The folder gets results.json and report.html; runs/ holds each run's folder. Run the same command
 again to go on after an interruption; --seeds, --methods and --rates may grow. With --part=K/N, one
-of N processes does every N-th run: see launch/slurm.sbatch. Exit codes: 0 finished, 75 stopped, or
-waiting for the runs of other parts, 2 user error, 1 other failure.
+of N processes does every N-th run, and part 0 writes the result: see launch/slurm.sbatch. Exit
+codes: 0 finished, 75 stopped, or waiting for the runs of other parts, 2 user error, 1 other
+failure.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -104,12 +106,16 @@ def run(args: argparse.Namespace) -> int:
     for name in ("seeds", "search_seeds"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name}: expected at least 1, got {getattr(args, name)}")
+    benchmark_flags.refuse_without_tasks(args)
     variants = read_variants(
         args.methods, args.normalize, lambda more: _load(args, more), args.baseline
     )
     config = variants[0].config
     measurements = _measurements(args)
-    primary = measurements.primary(Run.open(config).held_out.questions, args.primary)
+    rates, part = _rates(args.rates, config), _part(args.part)
+    opened = Run.open(config)
+    primary = measurements.primary(opened.held_out.questions, args.primary)
+    measurements.check(opened)
     keep_compiled()
     with run_progress() as progress:
         try:
@@ -118,11 +124,11 @@ def run(args: argparse.Namespace) -> int:
                     pathlib.Path(args.output),
                     variants,
                     primary=primary,
-                    rates=_rates(args.rates, config),
+                    rates=rates,
                     seeds=args.seeds,
                     search_seeds=args.search_seeds,
                     measurements=measurements,
-                    part=_part(args.part),
+                    part=part,
                     started=progress,
                 )
                 finished = comparison.run()
@@ -136,15 +142,18 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return PREEMPTED
+    if part[0]:
+        print(f"the runs of part {args.part} are done; part 0 writes the result")
+        return 0
     show(comparison.write_results(args.baseline), rich.console.Console(file=sys.stdout))
     print(f"report: {write_compare_report(args.output)}")
     return 0
 
 
 def _load(args: argparse.Namespace, more: Sequence[str]) -> TrainConfig:
-    """The config with the flags and further overrides, without output of its own."""
+    """The config with the flags and further overrides; its runs show no progress of their own."""
     config = load_config(args.config, [*args.overrides, *more])
-    quiet = dataclasses.replace(config.telemetry, progress=False, tensorboard=False)
+    quiet = dataclasses.replace(config.telemetry, progress=False)
     return dataclasses.replace(config, telemetry=quiet)
 
 
@@ -161,14 +170,18 @@ def _measurements(args: argparse.Namespace) -> Measurements:
 
 def _rates(text: str | None, config: TrainConfig) -> list[float]:
     if text is None:
-        return default_rates(config.optimizer.learning_rate)
-    try:
-        rates = sorted({float(rate) for rate in text.split(",")})
-    except ValueError as error:
-        raise UserError(f"--rates: expected numbers separated by commas, got {text!r}") from error
-    if rates[0] <= 0:
-        raise UserError(f"--rates: expected numbers above 0, got {rates[0]}")
-    return rates
+        name, given = "optimizer.learning_rate", [config.optimizer.learning_rate]
+    else:
+        name = "--rates"
+        try:
+            given = sorted({float(rate) for rate in text.split(",")})
+        except ValueError as error:
+            raise UserError(
+                f"--rates: expected numbers separated by commas, got {text!r}"
+            ) from error
+    if wrong := [rate for rate in given if not 0 < rate < math.inf]:
+        raise UserError(f"{name}: expected numbers above 0, got {wrong[0]}")
+    return default_rates(given[0]) if text is None else given
 
 
 def _part(text: str) -> tuple[int, int]:

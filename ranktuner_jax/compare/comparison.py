@@ -1,4 +1,4 @@
-"""A comparison: all of its runs, in an order that makes every pause a result."""
+"""A comparison: which runs it needs, which of them are missing, and its folder."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 from ranktuner_jax import files
 from ranktuner_jax.compare.analysis import Analysis, analyse
-from ranktuner_jax.compare.measure import OWN, Measurements, read_outcome
+from ranktuner_jax.compare.measure import Measurements, read_outcome
 from ranktuner_jax.compare.outcome import Outcome
 from ranktuner_jax.compare.search import best_rates, widened
 from ranktuner_jax.compare.variants import Variant
 from ranktuner_jax.errors import UserError
 from ranktuner_jax.evals.benchmarks import digest
-from ranktuner_jax.train import Hook, RunResult, to_dict
+from ranktuner_jax.train import Hook, to_dict
 from ranktuner_jax.train.config.show import differences
 
 __all__ = ["RESULTS", "SEARCH_SEEDS", "Comparison", "Planned"]
@@ -67,7 +67,8 @@ class Comparison:
       seeds: How many runs of each method count.
       search_seeds: How many runs of each method and learning rate choose the rate.
       measurements: What is measured after each run.
-      part: (k, n): does every n-th run, beginning with the k-th from 0.
+      part: (k, n): does every n-th run, beginning with the k-th from 0; part 0 measures the model
+        before training as well.
       started: Called before each run with it, its number from 1 and how many are planned so far;
         returns hooks for it.
 
@@ -99,9 +100,12 @@ class Comparison:
         """Does the runs of this part that are missing.
 
         Returns:
-          Whether the comparison is finished; if not, runs of other parts are missing, without
-          which this part cannot go on.
+          Whether this part is finished. If not, it needs runs of other parts that are missing: to
+          choose learning rates, and in part 0 for the result, which it alone may write.
         """
+        first = self._part[0] == 0
+        if first:
+            self._before()
         if not self._all(self._search_runs()):
             return False
         for _ in range(_MOST_WIDENINGS if len(self._rates) > 1 else 0):
@@ -111,7 +115,7 @@ class Comparison:
             self._rates = grid
             if not self._all(self._search_runs()):
                 return False
-        return self._all(self._main_runs())
+        return self._all(self._main_runs()) or not first
 
     def best_rates(self) -> dict[str, float]:
         """The learning rate of each method, by the variant's name; needs the search."""
@@ -131,17 +135,9 @@ class Comparison:
         """
         outcomes = [outcome for run in self._planned() if (outcome := self._outcome(run))]
         analysis = analyse(outcomes, primary=self.primary, baseline=baseline)
-        best = self.best_rates()
         settings = self._settings() | {
             "baseline": baseline,
             "rates": self._rates,
-            "best_rates": best,
-            "at_edge": [
-                name
-                for name, rate in best.items()
-                if len(self._rates) > 1 and rate in (self._rates[0], self._rates[-1])
-            ],
-            "seeds": self._seeds,
             "search_seeds": self._search_seeds,
             "before": self._before(),
         }
@@ -200,21 +196,7 @@ class Comparison:
 
     def _before(self) -> dict[str, float]:
         """What the model scores before training."""
-        config = self._variants[0].config
-        path = self._folder / "before" / "before.json"
-        if not path.exists():
-            scores, _, found = self._measurements.of_model(
-                config, config.model, path.parent / "evals"
-            )
-            found |= {name: sum(values) / len(values) for name, values in scores.items()}
-            files.write_whole(path, json.dumps(found))
-        [run, *_] = self._planned()
-        saved = json.loads((self._path(run) / "result.json").read_text())
-        before = RunResult.from_json(saved).before
-        own = {"nll": before.nll, "token_accuracy": before.token_accuracy}
-        if before.accuracy is not None:
-            own[f"{OWN}/pass@1"] = before.accuracy
-        return own | json.loads(path.read_text())
+        return self._measurements.before(self._variants[0].config, self._folder / "before")
 
     def _settings(self) -> dict[str, Any]:
         """What all runs share."""
@@ -239,12 +221,6 @@ class Comparison:
         """
         path, settings = self._folder / SETTINGS, json.loads(json.dumps(self._settings()))
         try:
-            foreign = not path.exists() and self._folder.exists() and any(self._folder.iterdir())
-            if foreign:
-                raise UserError(
-                    f"--output: expected a new folder or one of a comparison, got {self._folder}, "
-                    "which holds something else; choose another folder"
-                )
             if path.exists():
                 found = differences(json.loads(path.read_text()), settings)
                 if found:
@@ -252,9 +228,20 @@ class Comparison:
                         f"--output: {self._folder} holds a comparison with other settings "
                         f"({'; '.join(found)}); choose another folder, or the same settings"
                     )
+            elif self._folder.exists() and any(self._folder.iterdir()):
+                raise UserError(
+                    f"--output: expected a new folder or one of a comparison, got {self._folder}, "
+                    "which holds something else; choose another folder"
+                )
             else:
                 files.write_whole(path, json.dumps(settings, indent=1))
-        except (OSError, ValueError) as error:
+        except OSError as error:
             raise UserError(
-                f"--output: expected a folder that can be written, got {self._folder}: {error}"
+                f"--output: expected a folder that can be written, got {self._folder}: "
+                f"{error.strerror}; choose another folder"
+            ) from error
+        except (ValueError, AttributeError) as error:
+            raise UserError(
+                f"{path}: expected the settings of a comparison, got a broken file ({error}); "
+                "choose another --output"
             ) from error

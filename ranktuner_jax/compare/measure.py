@@ -7,14 +7,16 @@ import json
 import math
 import pathlib
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from ranktuner_jax import data, evals, files
 from ranktuner_jax.compare.outcome import Outcome
 from ranktuner_jax.compare.variants import Variant
-from ranktuner_jax.errors import UserError
+from ranktuner_jax.errors import DivergedError, UserError
 from ranktuner_jax.evals.benchmarks import Benchmark, Question, digest
+from ranktuner_jax.evals.scores import CHOICE_SCORES, which_k
 from ranktuner_jax.train import Hook, Run, TrainConfig, Trainer, train_and_evaluate
 
 __all__ = ["OUTCOME", "OWN", "Measurements", "read_outcome"]
@@ -81,6 +83,17 @@ class Measurements:
             raise UserError(f"--primary: expected one of {', '.join(scores)}, got {wanted!r}")
         return scores[wanted] if wanted else next(iter(scores.values()))
 
+    def check(self, opened: Run) -> None:
+        """Finds a user's mistakes before anything is trained.
+
+        Raises:
+          UserError: If a grader lacks its package, a k is above the samples, or the rows to retain
+            cannot be read.
+        """
+        self._suite(pathlib.Path())
+        if self.retain:
+            self._retained(opened)
+
     def run(
         self,
         variant: Variant,
@@ -92,6 +105,8 @@ class Measurements:
     ) -> Outcome:
         """Trains a model and measures it; goes on where it was interrupted.
 
+        A run whose loss or gradient is not finite has no model: it answers nothing right.
+
         Args:
           variant: The method.
           rate: The peak learning rate.
@@ -101,36 +116,73 @@ class Measurements:
           hooks: Called while it trains.
         """
         config = variant.with_run(rate, seed)
-        result = train_and_evaluate(config, folder, hooks=[*hooks, Hook(_log_memory)])
-        model = str(folder / "model")
-        scores, digests, retention = self.of_model(config, model, folder / "evals")
-        if result.after.right:
-            scores[f"{OWN}/pass@1"] = [float(right) for right in result.after.right]
-            digests[OWN] = result.after.digest
+        try:
+            after = train_and_evaluate(config, folder, hooks=[*hooks, Hook(_log_memory)]).after
+        except DivergedError as error:
+            print(f"{folder}: counts as wrong everywhere; {error}", file=sys.stderr)
+            after, scores, retention = self._diverged(config)
+        else:
+            scores, retention = self._of_model(config, str(folder / "model"), folder / "evals")
+        digests = {benchmark.name: digest(questions) for benchmark, questions in self.tasks}
+        if after.right:
+            scores[f"{OWN}/pass@1"] = [float(right) for right in after.right]
+            digests[OWN] = after.digest
         curves, metrics = _training(folder, config)
         outcome = Outcome(
-            variant.method,
-            variant.normalize,
-            rate,
-            seed,
-            role,
-            {"nll": result.after.nll, "token_accuracy": result.after.token_accuracy}
+            method=variant.method,
+            normalize=variant.normalize,
+            rate=rate,
+            seed=seed,
+            role=role,
+            metrics={"nll": after.nll, "token_accuracy": after.token_accuracy}
             | metrics
             | retention,
-            scores,
-            digests,
-            curves,
+            scores=scores,
+            digests=digests,
+            curves=curves,
         )
         files.write_whole(folder / OUTCOME, json.dumps(outcome.to_json()))
         if not self.keep_models:
-            for name in ("model", "checkpoints"):
+            for name in ("model", "checkpoints", "nonfinite"):
                 shutil.rmtree(folder / name, ignore_errors=True)
         return outcome
 
-    def of_model(
+    def before(self, config: TrainConfig, folder: pathlib.Path) -> dict[str, float]:
+        """What the model of a config scores before training, as means; kept in a folder."""
+        path = folder / "before.json"
+        if not path.exists():
+            scores, found = self._of_model(config, config.model, folder / "evals")
+            found |= {name: sum(values) / len(values) for name, values in scores.items()}
+            opened = Run.open(config)
+            own = opened.held_out.cached(opened.model)
+            found |= {"nll": own.nll, "token_accuracy": own.token_accuracy}
+            if own.accuracy is not None:
+                found[f"{OWN}/pass@1"] = own.accuracy
+            files.write_whole(path, json.dumps(found))
+        before: dict[str, float] = json.loads(path.read_text())
+        return before
+
+    def _diverged(
+        self, config: TrainConfig
+    ) -> tuple[evals.EvalResult, dict[str, Sequence[float]], dict[str, float]]:
+        """What stands for a run without a model: every answer wrong, and no likelihood."""
+        opened = Run.open(config)
+        own = opened.held_out.cached(opened.model)
+        wrong = dataclasses.replace(
+            own, nll=math.nan, token_accuracy=math.nan, right=(False,) * len(own.right)
+        )
+        passes = [f"pass@{k}" for k in which_k(self.sampling.samples, self.ks)]
+        scores: dict[str, Sequence[float]] = {
+            f"{benchmark.name}/{statistic}": [0.0] * len(questions)
+            for benchmark, questions in self.tasks
+            for statistic in (CHOICE_SCORES if benchmark.choices else passes)
+        }
+        return wrong, scores, {}
+
+    def _of_model(
         self, config: TrainConfig, model: str, folder: pathlib.Path
-    ) -> tuple[dict[str, Sequence[float]], dict[str, str], dict[str, float]]:
-        """The scores and digests of the benchmarks, and the NLL of the rows to retain.
+    ) -> tuple[dict[str, Sequence[float]], dict[str, float]]:
+        """The scores of the benchmarks, and the NLL of the rows to retain.
 
         Args:
           config: How to read data and to compute.
@@ -140,7 +192,7 @@ class Measurements:
         scores: dict[str, Sequence[float]] = {}
         retention: dict[str, float] = {}
         if not self.tasks and not self.retain:
-            return scores, {}, retention
+            return scores, retention
         train = dataclasses.replace(config.train, remat="none")
         opened = Run.open(dataclasses.replace(config, model=model, train=train))
         if self.tasks:
@@ -152,27 +204,42 @@ class Measurements:
                 enable_thinking=config.data.enable_thinking,
                 cache_gb=self.cache_gb,
             )
-            suite = evals.Suite(self.tasks, self.sampling, folder, ks=self.ks)
-            for task, of_task in suite.run(engine).items():
+            for task, of_task in self._suite(folder).run(engine).items():
                 for statistic, values in of_task.by_question.items():
                     scores[f"{task}/{statistic}"] = values
         if self.retain:
-            source = dataclasses.replace(
-                config.data, source=self.retain, mixture=(), split="train", holdout=0.0
-            )
             result = evals.evaluate(
                 opened.model,
-                rows=data.load_rows(source, opened.tokenizer),
+                rows=self._retained(opened),
                 config=dataclasses.replace(config.eval, task=""),
             )
             retention = {"retention_nll": result.nll}
-        return scores, {b.name: digest(questions) for b, questions in self.tasks}, retention
+        return scores, retention
+
+    def _suite(self, folder: pathlib.Path) -> evals.Suite:
+        return evals.Suite(self.tasks, self.sampling, folder, ks=self.ks)
+
+    def _retained(self, opened: Run) -> data.Rows:
+        source = dataclasses.replace(
+            opened.config.data, source=self.retain, mixture=(), split="train", holdout=0.0
+        )
+        return data.load_rows(source, opened.tokenizer)
 
 
 def read_outcome(folder: pathlib.Path) -> Outcome | None:
-    """The outcome of a run; None if it is not finished."""
+    """The outcome of a run; None if it is not finished.
+
+    Raises:
+      UserError: If its file is broken.
+    """
     path = folder / OUTCOME
-    return Outcome.from_json(json.loads(path.read_text())) if path.exists() else None
+    try:
+        return Outcome.from_json(json.loads(path.read_text())) if path.exists() else None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: expected the outcome of a run, got a broken file ({error}); delete its "
+            "folder to repeat the run"
+        ) from error
 
 
 def _log_memory(trainer: Trainer) -> None:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
-import numpy as np
-
 from ranktuner_jax.compare.outcome import Outcome
 from ranktuner_jax.compare.variants import Variant
 
-__all__ = ["best_rates", "default_rates", "mean_scores", "widened"]
+__all__ = ["Rate", "best_rates", "default_rates", "searched", "widened"]
 
 
 def default_rates(rate: float) -> list[float]:
-    """A grid around the rate of a config, about three to a decade each side.
+    """A grid around the rate of a config: a third of it, itself, and three times as much.
 
     Example:
       >>> default_rates(1e-4)
@@ -24,25 +23,35 @@ def default_rates(rate: float) -> list[float]:
     return [_rounded(rate / 3), rate, _rounded(rate * 3)]
 
 
-def mean_scores(
-    outcomes: Iterable[Outcome], variant: Variant, primary: str
-) -> dict[float, tuple[float, float]]:
-    """By learning rate, the mean primary score and the mean plain NLL of a method's search."""
+@dataclasses.dataclass(frozen=True)
+class Rate:
+    """A learning rate that was searched.
+
+    Attributes:
+      rate: The rate.
+      score: The mean primary score of its runs.
+      nll: Their mean plain NLL; infinite if one of them diverged.
+      runs: How many there are.
+    """
+
+    rate: float
+    score: float
+    nll: float
+    runs: int
+
+
+def searched(outcomes: Iterable[Outcome], method: str, normalize: str, primary: str) -> list[Rate]:
+    """The rates that a method was searched at, in increasing order."""
     found: dict[float, list[Outcome]] = defaultdict(list)
     for outcome in outcomes:
-        if (outcome.method, outcome.normalize, outcome.role) == (
-            variant.method,
-            variant.normalize,
-            "search",
-        ):
+        if (outcome.method, outcome.normalize, outcome.role) == (method, normalize, "search"):
             found[outcome.rate].append(outcome)
-    return {
-        rate: (
-            _mean([_mean(outcome.scores[primary]) for outcome in of_rate]),
-            _mean([outcome.metrics["nll"] for outcome in of_rate]),
-        )
-        for rate, of_rate in sorted(found.items())
-    }
+    rates = []
+    for rate, runs in sorted(found.items()):
+        nll = _mean([run.metrics["nll"] for run in runs])
+        score = _mean([_mean(run.scores[primary]) for run in runs])
+        rates.append(Rate(rate, score, nll if math.isfinite(nll) else math.inf, len(runs)))
+    return rates
 
 
 def best_rates(
@@ -52,14 +61,13 @@ def best_rates(
 
     Of equal scores, the one with the lower plain NLL: all may be 0 or 1.
     """
-    best = {}
-    for variant in variants:
-        scores = mean_scores(outcomes, variant, primary)
-        # A mean NLL that is not a number is of a run that diverged.
-        best[variant.name] = max(
-            scores, key=lambda rate: (scores[rate][0], -np.nan_to_num(scores[rate][1], nan=np.inf))
-        )
-    return best
+    return {
+        variant.name: max(
+            searched(outcomes, variant.method, variant.normalize, primary),
+            key=lambda one: (one.score, -one.nll),
+        ).rate
+        for variant in variants
+    }
 
 
 def widened(rates: Sequence[float], best: Mapping[str, float]) -> list[float]:

@@ -11,7 +11,19 @@ from ranktuner_jax.errors import UserError
 from ranktuner_jax.evals.samples import Sample
 from ranktuner_jax.evals.statistics import mean_interval, paired_difference, pass_at_k
 
-__all__ = ["Difference", "Scores", "Share", "compare_scores", "score_samples", "which_k"]
+__all__ = [
+    "CHOICE_SCORES",
+    "Difference",
+    "Scores",
+    "Share",
+    "compare_scores",
+    "score_samples",
+    "which_k",
+]
+
+
+CHOICE_SCORES = ("accuracy", "accuracy_per_character")
+"""The scores of choices that are compared by likelihood."""
 
 
 class Share(NamedTuple):
@@ -106,11 +118,10 @@ def score_samples(samples: Sequence[Sample], ks: Sequence[int] = (1,)) -> Scores
         by_question[sample.question].append(sample)
     questions = [by_question[index] for index in sorted(by_question)]
     if samples[0].log_likelihoods:
+        plain, per_character = CHOICE_SCORES
         values = {
-            "accuracy": [float(bool(one.correct)) for [one] in questions],
-            "accuracy_per_character": [
-                float(bool(one.correct_per_character)) for [one] in questions
-            ],
+            plain: [float(bool(one.correct)) for [one] in questions],
+            per_character: [float(bool(one.correct_per_character)) for [one] in questions],
         }
     else:
         values = {

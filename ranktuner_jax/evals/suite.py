@@ -73,17 +73,17 @@ class Suite:
           UserError: If the folder holds another evaluation, or the engine refuses a benchmark.
         """
         settings = {"sampling": dataclasses.asdict(self._sampling), "engine": engine.description}
-        files: list[SampleFile] = []
+        samples: list[SampleFile] = []
 
         def opened() -> None:
             self._claim(settings)
-            files.append(SampleFile(self._folder / SAMPLES))
+            samples.append(SampleFile(self._folder / SAMPLES))
 
         on_first_process(opened)
-        with files[0] if files else contextlib.nullcontext() as file:
+        with samples[0] if samples else contextlib.nullcontext() as file:
             for benchmark, questions in self._benchmarks:
                 self._answer(engine, benchmark, questions, file)
-        return self.grade() if files else {}
+        return self.grade() if samples else {}
 
     def grade(self) -> dict[str, Scores]:
         """Grades all answers of the folder, again if they were graded, and returns the scores.

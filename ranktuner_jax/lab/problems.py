@@ -36,7 +36,6 @@ FILES = {
 LARGEST = 30
 """No number is below 0 or above this: few facts, which small models learn in minutes."""
 
-
 # After so many repeated questions in a row there are hardly any others.
 _PATIENCE = 1000
 
@@ -212,10 +211,8 @@ def rule_problems(
     """
     names = list(rules)
     while True:
-        start, chosen = (
-            rng.randint(1, LARGEST),
-            rng.sample(names, min(rng.randint(1, 2), len(names))),
-        )
+        start = rng.randint(1, LARGEST)
+        chosen = rng.sample(names, min(rng.randint(1, 2), len(names)))
         meanings = rules if isinstance(rules, Mapping) else {n: _move(rng, n) for n in chosen}
         if kind == "rule_story":
             name, item = rng.choice(_NAMES), rng.choice(_ITEMS)

@@ -71,8 +71,8 @@ def train_and_evaluate(
 
     Raises:
       UserError: If the config, the model, the data or the workdir is invalid.
-      RunError: If it cannot continue: the loss or the gradient of a step is not finite, or the
-        disk is full.
+      DivergedError: If the loss or the gradient of a step is not finite.
+      RunError: If it cannot continue, since the disk is full.
       Stopped: If a signal arrived; every completed step is saved.
     """
     try:

@@ -240,7 +240,8 @@ class Trainer:
 
         Raises:
           Stopped: If a signal arrived; with a workdir, everything is saved.
-          RunError: If a step is not finite, or a checkpoint cannot be written.
+          DivergedError: If a step is not finite.
+          RunError: If a checkpoint cannot be written.
           UserError: If the workdir has checkpoints and `resume` was not called, or batches run out
             or have the wrong shape.
           ValueError: If an argument is invalid.

@@ -19,6 +19,8 @@ from ranktuner_jax.compare.page import write_compare_report
 from ranktuner_jax.compare.search import best_rates, widened
 from ranktuner_jax.compare.variants import Variant, read_variants
 from ranktuner_jax.errors import UserError
+from ranktuner_jax.evals import Sampling, read_questions
+from ranktuner_jax.evals.benchmarks.own import own_benchmark
 from ranktuner_jax.train import Hook, Stopped, TrainConfig, Trainer, load_config, train_and_evaluate
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
@@ -66,6 +68,9 @@ def finished(make: Make, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Pa
 
 class Drawn(Measurements):
     """In the place of training: scores that depend on the method and the learning rate alone."""
+
+    def before(self, config: TrainConfig, folder: pathlib.Path) -> dict[str, float]:
+        return {"nll": 3.0}
 
     def run(
         self,
@@ -213,16 +218,71 @@ def test_parts_wait_for_each_other_and_come_to_the_same_result(
     options = {"measurements": Drawn(), "rates": [1e-3, 1e-2, 1e-1]}
     assert make(tmp_path / "whole", **options).run()
     folder = tmp_path / "parts"
-    part = make(folder, part=(1, 2), **options)
-    assert not part.run()
-    assert part.missing() == 3
-    turns = 0
-    while not (
-        make(folder, part=(1, 2), **options).run() & make(folder, part=(0, 2), **options).run()
-    ):
-        turns += 1
-        assert turns < 8
+    # Each of the parts in turn, until there is nothing left for it.
+    turns = {1: 0, 0: 0}
+    waiting = list(turns)
+    while waiting:
+        for k in list(waiting):
+            part = make(folder, part=(k, 2), **options)
+            turns[k] += 1
+            if part.run():
+                waiting.remove(k)
+            elif turns == {1: 1, 0: 0}:
+                assert part.missing() == 3
+        assert max(turns.values()) < 8
+    assert min(turns.values()) > 1
     assert numbers(folder) == numbers(tmp_path / "whole")
+
+
+def test_only_part_0_waits_for_the_runs_that_count(make: Make, tmp_path: pathlib.Path) -> None:
+    options = {"measurements": Drawn(), "rates": [1e-2]}
+    assert not make(tmp_path / "compared", part=(0, 2), **options).run()
+    assert make(tmp_path / "compared", part=(1, 2), **options).run()
+    other = make(tmp_path / "other", part=(1, 2), **options)
+    assert other.run()
+    assert other.missing() == 2
+
+
+def test_a_run_that_diverges_answers_nothing_right_and_the_comparison_goes_on(
+    make: Make, sums: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    benchmark = own_benchmark(sums.format(split="test"), "number")
+    tasks = [(benchmark, read_questions(benchmark, {}, 3))]
+    measurements = Measurements(
+        tasks=tasks, sampling=Sampling(samples=2, temperature=1.0, max_new_tokens=2)
+    )
+    comparison = make(tmp_path / "run", rates=[1e38], seeds=1, measurements=measurements)
+    assert comparison.run()
+    assert "counts as wrong everywhere; step 2: the loss is" in capsys.readouterr().err
+    diverged = read_outcome(tmp_path / "run/runs/sft/1e+38/seed-0")
+    assert diverged is not None
+    assert math.isnan(diverged.metrics["nll"])
+    assert diverged.scores == {
+        "held-out/pass@1": (0.0,) * 8,
+        "test/pass@1": (0.0,) * 3,
+        "test/pass@2": (0.0,) * 3,
+    }
+    assert diverged.digests.keys() == {"held-out", "test"}
+    [_, other] = comparison.write_results().groups["tokens"]
+    assert other.measured["held-out/pass@1"].mean.value == 0
+    assert "nll" not in other.measured
+    saved = (tmp_path / "run" / "results.json").read_text()
+    json.loads(saved, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_a_broken_file_of_a_comparison_is_named(make: Make, tmp_path: pathlib.Path) -> None:
+    folder = tmp_path / "compared"
+    options = {"measurements": Drawn(), "rates": [1e-2]}
+    assert make(folder, **options).run()
+    broken = folder / "runs/sft/0.01/seed-0/outcome.json"
+    broken.write_text(broken.read_text()[:40])
+    with pytest.raises(
+        UserError, match=r"outcome\.json: expected the outcome of a run, got a broken"
+    ):
+        make(folder, **options).run()
+    (folder / "settings.json").write_text("{")
+    with pytest.raises(UserError, match=r"settings\.json: expected the settings of a comparison"):
+        make(folder, **options)
 
 
 def test_seeds_and_methods_can_be_added_but_nothing_else_may_change(
@@ -259,6 +319,20 @@ def test_the_best_rate_has_the_highest_mean_score_and_of_equals_the_lower_nll() 
     assert widened([1e-4, 1e-3], {"sft": 1e-3, "dft": 1e-4}) == [1e-5, 1e-4, 1e-3, 1e-2]
 
 
+def test_a_mistake_in_how_questions_are_asked_is_found_before_training(
+    tiny_config_file: pathlib.Path,
+    sums: str,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output, questions = tmp_path / "compared", sums.format(split="test")
+    command = ["compare", f"--config={tiny_config_file}", f"--output={output}", "--k=2"]
+    assert cli.main([*command, f"--tasks={questions}", "--grader=number"]) == 2
+    message = "--k: expected numbers from 1 to the 1 samples of a question, got 2"
+    assert message in capsys.readouterr().err
+    assert not output.exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -269,7 +343,14 @@ def test_the_best_rate_has_the_highest_mean_score_and_of_equals_the_lower_nll() 
         (["--methods=sft,ranktuner:base=two"], "base"),
         (["--seeds=0"], "--seeds: expected at least 1, got 0"),
         (["--rates=fast"], "--rates: expected numbers separated by commas, got 'fast'"),
-        (["--rates=0"], "--rates: expected numbers above 0"),
+        (["--rates=0"], "--rates: expected numbers above 0, got 0.0"),
+        (["--rates=1e-3,nan"], "--rates: expected numbers above 0, got nan"),
+        (
+            ["--config.optimizer.learning_rate=0.0"],
+            "optimizer.learning_rate: expected numbers above 0, got 0.0",
+        ),
+        (["--retain=absent.jsonl"], "expected a file, got absent.jsonl"),
+        (["--k=2"], "--k: expected --tasks beside it, got none"),
         (["--part=2/2"], "--part: expected K/N with K from 0 to N - 1"),
         (["--normalize=weights"], "--normalize: expected tokens or tokens,weights"),
         (["--config.eval.task="], "eval.task: expected questions to compare the methods by"),

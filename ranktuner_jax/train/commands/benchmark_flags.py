@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import argparse
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ranktuner_jax import evals
 from ranktuner_jax.errors import UserError
 from ranktuner_jax.evals import benchmarks, engines
 
-__all__ = ["Tasks", "add_arguments", "ks", "read_tasks", "sampling"]
+__all__ = [
+    "Tasks",
+    "add_arguments",
+    "ks",
+    "read_tasks",
+    "refuse_without_tasks",
+    "sampling",
+]
 
 Tasks = Sequence[tuple[benchmarks.Benchmark, Sequence[benchmarks.Question]]]
 
 
-def add_arguments(group: argparse._ArgumentGroup) -> None:
+def add_arguments(group: argparse._ActionsContainer) -> None:
     """Adds the flags."""
     defaults = engines.Sampling()
     group.add_argument(
@@ -56,6 +63,29 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--cache_gb", type=float, default=1.0, help="memory for keys and values of all devices"
     )
+
+
+def refuse_without_tasks(
+    args: argparse.Namespace, add: Callable[[argparse.ArgumentParser], None] = add_arguments
+) -> None:
+    """Refuses flags that do nothing without `--tasks`, unless they are at their defaults.
+
+    Args:
+      args: The arguments of a command.
+      add: Adds these flags, `--tasks` among them.
+
+    Raises:
+      UserError: If there is one, and no `--tasks`.
+    """
+    if args.tasks:
+        return
+    parser = argparse.ArgumentParser()
+    add(parser)
+    for name, default in vars(parser.parse_args([])).items():
+        if getattr(args, name) != default:
+            raise UserError(
+                f"--{name}: expected --tasks beside it, got none; name benchmarks, or leave it out"
+            )
 
 
 def sampling(args: argparse.Namespace) -> engines.Sampling:

@@ -22,7 +22,7 @@ import jax
 
 from ranktuner_jax import evals
 from ranktuner_jax.errors import UserError
-from ranktuner_jax.train.commands import eval_tasks, flags
+from ranktuner_jax.train.commands import benchmark_flags, eval_tasks, flags
 from ranktuner_jax.train.config import MeshConfig
 from ranktuner_jax.train.run import Run
 from ranktuner_jax.train.runtime import distributed
@@ -57,11 +57,7 @@ def run(args: argparse.Namespace) -> int:
                 "expected --workdir or --config, whose held-out data to use, or --tasks, got none; "
                 "see ranktuner eval --help"
             )
-        if not args.tasks and (stray := eval_tasks.given(args)):
-            raise UserError(
-                f"--{stray[0]}: expected --tasks beside it, got none; name benchmarks, or leave it "
-                "out"
-            )
+        benchmark_flags.refuse_without_tasks(args, eval_tasks.add_arguments)
         config = flags.read_config_and_connect(args)
         keep_compiled()
         config = dataclasses.replace(

@@ -23,7 +23,7 @@ from ranktuner_jax.train.config import TrainConfig
 from ranktuner_jax.train.run import Run
 from ranktuner_jax.train.runtime.preemption import PREEMPTED, StopNotice, Stopped
 
-__all__ = ["add_arguments", "given", "run"]
+__all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,15 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--engine", choices=("local", "openai"), default="local", help="what writes the answers"
     )
     group.add_argument("--base_url", help="of an OpenAI-compatible server, with --engine=openai")
-
-
-def given(args: argparse.Namespace) -> list[str]:
-    """The names of the flags that do nothing without `--tasks` and are not at their defaults."""
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    defaults = vars(parser.parse_args([]))
-    del defaults["tasks"]
-    return [name for name, default in defaults.items() if getattr(args, name) != default]
 
 
 def run(args: argparse.Namespace, config: TrainConfig) -> int:

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 
 from ranktuner_jax import files
 from ranktuner_jax.data import Batch
-from ranktuner_jax.errors import RunError, UserError
+from ranktuner_jax.errors import DivergedError, RunError, UserError
 from ranktuner_jax.train.config import CheckpointConfig
 from ranktuner_jax.train.saving.checkpoint import Checkpoints
 from ranktuner_jax.train.step.state import TrainState
@@ -27,7 +27,7 @@ __all__ = ["load_step", "stop_at"]
 
 def stop_at(
     found: NonFiniteError, state: TrainState, workdir: epath.Path | None, run: Mapping[str, Any]
-) -> RunError:
+) -> DivergedError:
     """Saves a non-finite step, its batch and the state before it, to `nonfinite/step_N`.
 
     Args:
@@ -53,7 +53,7 @@ def stop_at(
             saved = f"`{replay}` repeats it"
         except (OSError, RunError) as error:
             saved = f"it could not be saved in {workdir}: {error}"
-    return RunError(
+    return DivergedError(
         f"step {found.step}: the loss is {found.loss} and the gradient norm {found.grad_norm}, on "
         f"rows {batch.row_index.ravel().tolist()} of the data set; {saved}; {skip} skips such steps"
     )

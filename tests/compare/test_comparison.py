@@ -349,7 +349,7 @@ def test_a_mistake_in_how_questions_are_asked_is_found_before_training(
             ["--config.optimizer.learning_rate=0.0"],
             "optimizer.learning_rate: expected numbers above 0, got 0.0",
         ),
-        (["--retain=absent.jsonl"], "expected a file, got absent.jsonl"),
+        (["--retain=absent.jsonl", "--part=1/2"], "expected a file, got absent.jsonl"),
         (["--k=2"], "--k: expected --tasks beside it, got none"),
         (["--part=2/2"], "--part: expected K/N with K from 0 to N - 1"),
         (["--normalize=weights"], "--normalize: expected tokens or tokens,weights"),

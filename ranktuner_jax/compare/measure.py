@@ -18,6 +18,7 @@ from ranktuner_jax.errors import DivergedError, UserError
 from ranktuner_jax.evals.benchmarks import Benchmark, Question, digest
 from ranktuner_jax.evals.scores import CHOICE_SCORES, which_k
 from ranktuner_jax.train import Hook, Run, TrainConfig, Trainer, train_and_evaluate
+from ranktuner_jax.train.run import with_trained
 
 __all__ = ["OUTCOME", "OWN", "Measurements", "read_outcome"]
 
@@ -122,7 +123,8 @@ class Measurements:
             print(f"{folder}: counts as wrong everywhere; {error}", file=sys.stderr)
             after, scores, retention = self._diverged(config)
         else:
-            scores, retention = self._of_model(config, str(folder / "model"), folder / "evals")
+            trained = with_trained(config, folder / "model")
+            scores, retention = self._of_model(trained, folder / "evals")
         digests = {benchmark.name: digest(questions) for benchmark, questions in self.tasks}
         if after.right:
             scores[f"{OWN}/pass@1"] = [float(right) for right in after.right]
@@ -151,7 +153,7 @@ class Measurements:
         """What the model of a config scores before training, as means; kept in a folder."""
         path = folder / "before.json"
         if not path.exists():
-            scores, found = self._of_model(config, config.model, folder / "evals")
+            scores, found = self._of_model(config, folder / "evals")
             found |= {name: sum(values) / len(values) for name, values in scores.items()}
             opened = Run.open(config)
             own = opened.held_out.cached(opened.model)
@@ -180,13 +182,12 @@ class Measurements:
         return wrong, scores, {}
 
     def _of_model(
-        self, config: TrainConfig, model: str, folder: pathlib.Path
+        self, config: TrainConfig, folder: pathlib.Path
     ) -> tuple[dict[str, Sequence[float]], dict[str, float]]:
         """The scores of the benchmarks, and the NLL of the rows to retain.
 
         Args:
-          config: How to read data and to compute.
-          model: The folder or name of the model.
+          config: The model, how to read data and how to compute.
           folder: Keeps the answers.
         """
         scores: dict[str, Sequence[float]] = {}
@@ -194,7 +195,7 @@ class Measurements:
         if not self.tasks and not self.retain:
             return scores, retention
         train = dataclasses.replace(config.train, remat="none")
-        opened = Run.open(dataclasses.replace(config, model=model, train=train))
+        opened = Run.open(dataclasses.replace(config, train=train))
         if self.tasks:
             engine = evals.LocalEngine(
                 opened.model,

@@ -37,6 +37,9 @@ class DataConfig:
       on_bad_row: `error` reports the first bad row and stops; `skip` counts bad rows.
       too_long: How to treat a conversation longer than a row: `error`, `truncate` or `drop`;
         the last two are counted.
+      cache: Where the tokens of a source are kept, so that it is tokenized once: `auto` for the
+        user's cache if the source's files have 32 MB or more, `always` whatever they have, `never`,
+        or a folder (also on `gs://`).
 
     Raises:
       UserError: If a value is not allowed.
@@ -62,6 +65,7 @@ class DataConfig:
     packing: bool = True
     on_bad_row: str = "error"
     too_long: str = "error"
+    cache: str = "auto"
 
     def __post_init__(self) -> None:
         for name, allowed in (

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import array
 import hashlib
 import json
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ranktuner_jax.data.records import Conversation
 
-__all__ = ["HOLDOUT", "Holdout"]
+if TYPE_CHECKING:
+    from jaxtyping import Int64
+
+__all__ = ["HOLDOUT", "held_out_rows"]
 
 HOLDOUT = "holdout"
 """The name of the held-out split."""
 
 
-class Holdout:
-    """The set of held-out conversations of a split, chosen by their prompts.
+def held_out_rows(
+    conversations: Iterable[tuple[int, Conversation]], size: float
+) -> Int64[np.ndarray, " rows"]:
+    """Chooses the held-out conversations of a split, by their prompts.
 
     Conversations with the same prompt (everything before the first answer, without the system
     prompt) stay together: a model that was trained on one answer to a question is not tested on
@@ -25,8 +33,11 @@ class Holdout:
     matters, and adding a row hardly changes which others are held out.
 
     Args:
-      conversations: All conversations of the split.
+      conversations: All conversations of the split, each after the number of its row.
       size: The fraction of prompts to hold out (at least one prompt), or their number from 1 on.
+
+    Returns:
+      The numbers of those that are held out, in ascending order.
 
     Example:
       >>> def sums(*pairs):
@@ -37,24 +48,22 @@ class Holdout:
       ...         for question, answer in pairs
       ...     ]
       >>> rows = sums(("1+1", "2"), ("2+2", "4"), ("2+2", "It is 4."), ("3+3", "6"))
-      >>> holdout = Holdout(rows, size=0.3)
-      >>> [row.messages[1]["content"] for row in rows if row in holdout]
-      ['4', 'It is 4.']
+      >>> held_out_rows(enumerate(rows), size=0.3).tolist()
+      [1, 2]
     """
-
-    def __init__(self, conversations: Iterable[Conversation], size: float) -> None:
-        whole, prompts = set(), set()
-        for conversation in conversations:
-            whole.add(_digest(conversation.messages))
-            prompts.add(_digest(_prompt(conversation)))
-        self._by_prompt = len(prompts) > 1
-        known = sorted(prompts if self._by_prompt else whole)
-        count = round(size * len(known)) if size < 1 else int(size)
-        self._held = frozenset(known[: max(1, count)])
-
-    def __contains__(self, conversation: Conversation) -> bool:
-        turns = _prompt(conversation) if self._by_prompt else conversation.messages
-        return _digest(turns) in self._held
+    numbers, whole, prompts = array.array("q"), bytearray(), bytearray()
+    for number, conversation in conversations:
+        numbers.append(number)
+        whole += _digest(conversation.messages)
+        prompts += _digest(_prompt(conversation))
+    # Of the highest byte first, so that their order is that of the bytes.
+    digests, alone = (np.frombuffer(part, ">u8").astype(np.uint64) for part in (prompts, whole))
+    known = np.unique(digests)
+    if len(known) == 1:
+        digests, known = alone, np.unique(alone)
+    count = round(size * len(known)) if size < 1 else int(size)
+    held = np.isin(digests, known[: max(1, count)])
+    return np.array(numbers, np.int64)[held]
 
 
 def _prompt(conversation: Conversation) -> Iterable[dict[str, Any]]:

@@ -30,37 +30,26 @@ Example:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ranktuner_jax.data.chat import ChatEncoder, TokenizedChat, TooLong
+from ranktuner_jax.data.cache import Tokenized, keep_held_out, tokenize
+from ranktuner_jax.data.chat import ChatEncoder, TokenizedChat
+from ranktuner_jax.data.chats import Chats
 from ranktuner_jax.data.config import DataConfig
-from ranktuner_jax.data.holdout import HOLDOUT, Holdout
-from ranktuner_jax.data.packing import best_fit, packing_order
-from ranktuner_jax.data.records import BadRowError, Conversation, to_conversation
+from ranktuner_jax.data.encode import Split
+from ranktuner_jax.data.packing import Groups
 from ranktuner_jax.data.rows import Rows
-from ranktuner_jax.data.sources import read_source
 from ranktuner_jax.data.summary import Summary
 from ranktuner_jax.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = [
-    "Example",
-    "conversations",
-    "fit",
-    "load_examples",
-    "load_rows",
-    "share_of",
-    "tokenized",
-]
-
-# For the tokenizer: enough to keep its threads busy.
-_CONVERSATIONS_PER_CALL = 512
+__all__ = ["Example", "load_examples", "load_rows", "share_of"]
 
 
 @dataclass(frozen=True)
@@ -94,7 +83,8 @@ def load_rows(
     """Reads, tokenizes and packs a split.
 
     Everything is tokenized before training, so that a bad row is found in the first minute
-    rather than the third hour, and so that packing knows all lengths.
+    rather than the third hour, and so that packing knows all lengths. Large sources are tokenized
+    once, and then read from a cache: see `DataConfig.cache`.
 
     Args:
       config: What to read, and how to lay it out.
@@ -114,48 +104,42 @@ def load_rows(
         configuration says `error`, or no sample is left.
     """
     encoder = ChatEncoder(tokenizer, enable_thinking=config.enable_thinking)
-    summary = Summary(config.row_length)
-    chats: list[TokenizedChat] = []
+    split = split or config.split
     mixture = config.mixture or ((config.source, 1.0),)
-    bounds: list[tuple[int, int, float]] = []
-    # Of a sample that is refused or dropped for its length, nothing but its length is needed.
-    max_tokens = None if config.too_long == "truncate" else config.row_length + 1
+    summary = Summary(config.row_length)
+    loaded: list[Tokenized] = []
     for source, weight in mixture:
-        first = len(chats)
-        pairs = tokenized(config, source, split or config.split, encoder, summary, max_tokens)
-        share = share_of(limit, weight, mixture)
-        for conversation, samples in itertools.islice(pairs, share):
-            for sample in samples:
-                chats += fit(sample, conversation.where, config, summary)
-        if len(chats) == first:
+        tokens = tokenize(
+            Split(config, source, split), encoder, tokenizer, share_of(limit, weight, mixture)
+        )
+        summary.add(tokens.summary)
+        if not sum(part.facts.chats for part in tokens.parts):
             raise UserError(
-                f"data: nothing to learn from in {source}, split {split or config.split}: {summary}"
+                f"data: nothing to learn from in {source}, split {split}: {summary}"
                 + "; add rows, or lower data.holdout" * bool(summary.held_out)
             )
-        bounds.append((first, len(chats), weight))
-    lengths = [len(chat.tokens) - 1 for chat in chats]
-    layouts = [[[i] for i in range(first, last)] for first, last, _ in bounds]
+        loaded.append(tokens)
+    stores = [Chats(tokens.parts) for tokens in loaded]
+    layouts = [Groups.alone(len(store)) for store in stores]
     if config.packing:
-        packed = [_packed(lengths[first:last], first, config, seed) for first, last, _ in bounds]
+        packed = [
+            tokens.packed(store.lengths - 1, seed)
+            for tokens, store in zip(loaded, stores, strict=True)
+        ]
         summary.unpacked = sum(map(len, packed)) < min_rows
         layouts = layouts if summary.unpacked else packed
-    groups = [row for layout in layouts for row in layout]
-    parts = [(len(layout), weight) for layout, (_, _, weight) in zip(layouts, bounds, strict=True)]
+    chats = stores[0] if len(stores) == 1 else Chats([p for t in loaded for p in t.parts])
     summary.kept = len(chats)
-    summary.lengths = np.array(lengths, np.int32)
-    summary.tokens = int(summary.lengths.sum())
-    summary.supervised = sum(int(chat.mask[1:].sum()) for chat in chats)
-    summary.rows = len(groups)
+    summary.lengths = chats.lengths - 1
+    summary.tokens = int(summary.lengths.sum(dtype=np.int64))
+    summary.rows = sum(map(len, layouts))
     return Rows(
         chats,
-        groups,
+        Groups.join(layouts),
         row_length=config.row_length,
         summary=summary,
-        parts=parts,
-        sources=[
-            (source, last - first)
-            for (source, _), (first, last, _) in zip(mixture, bounds, strict=True)
-        ],
+        parts=[(len(layout), weight) for layout, (_, weight) in zip(layouts, mixture, strict=True)],
+        sources=[(source, len(store)) for (source, _), store in zip(mixture, stores, strict=True)],
     )
 
 
@@ -163,12 +147,6 @@ def share_of(limit: int | None, weight: float, mixture: Sequence[tuple[str, floa
     """How many conversations a source of a mixture contributes."""
     total = sum(weight for _, weight in mixture)
     return None if limit is None else max(1, round(limit * weight / total))
-
-
-def _packed(lengths: list[int], first: int, config: DataConfig, seed: int) -> list[list[int]]:
-    """The packed rows of one source, whose samples are numbered from `first`."""
-    rows = best_fit(lengths, config.row_length, packing_order(lengths, seed))
-    return [[first + i for i in row] for row in rows]
 
 
 def load_examples(
@@ -197,7 +175,9 @@ def load_examples(
     examples: list[Example] = []
     for source, weight in mixture:
         summary = Summary(config.row_length)
-        pairs = tokenized(config, source, split, encoder, summary)
+        opened = Split(config, source, split)
+        keep_held_out(opened)
+        pairs = opened.tokenized(encoder, summary)
         for conversation, samples in itertools.islice(pairs, share_of(limit, weight, mixture)):
             last = samples[-1]
             assert isinstance(last, TokenizedChat)  # Nothing is too long without a limit.
@@ -214,104 +194,3 @@ def load_examples(
     if not examples:
         raise UserError(f"data: split {split} of {config.source} is empty")
     return examples[:limit]
-
-
-def conversations(
-    config: DataConfig, source: str, split: str, summary: Summary
-) -> Iterator[Conversation]:
-    """Yields the usable conversations of a source; a bad row is counted or raises.
-
-    Args:
-      config: How rows are read, and what happens to bad ones.
-      source: Read instead of `config.source`.
-      split: Read instead of `config.split`; `holdout` for the conversations held out of it.
-      summary: Counts the rows; changed in place.
-
-    Raises:
-      UserError: If the source does not exist, or a row is bad and `config.on_bad_row` is `error`.
-    """
-    if split == HOLDOUT and not config.holdout:
-        raise UserError(
-            "split: expected data.holdout above 0 for the split 'holdout', got 0; name another "
-            "split in eval.split, or set data.holdout=0.05"
-        )
-    if not config.holdout or split not in (HOLDOUT, config.split):
-        yield from _read(config, source, split, summary)
-        return
-    # Read twice: the held-out prompts are chosen among all prompts.
-    holdout = Holdout(
-        _read(config, source, config.split, Summary(config.row_length)), config.holdout
-    )
-    for conversation in _read(config, source, config.split, summary):
-        if (conversation in holdout) == (split == HOLDOUT):
-            yield conversation
-        elif split == HOLDOUT:
-            summary.read -= 1  # It is trained on.
-        else:
-            summary.held_out += 1
-
-
-def _read(config: DataConfig, source: str, split: str, summary: Summary) -> Iterator[Conversation]:
-    for record in read_source(source, split, subset=config.subset, data_dir=config.data_dir):
-        summary.read += 1
-        try:
-            if record.error:
-                raise BadRowError(record.error)
-            yield to_conversation(
-                record.fields,
-                where=record.where,
-                prompt_column=config.prompt_column,
-                completion_column=config.completion_column,
-                system=config.system,
-                strip_calculator_marks=config.strip_calculator_marks,
-            )
-        except BadRowError as error:
-            _refuse(record.where, error, config, summary)
-
-
-def tokenized(
-    config: DataConfig,
-    source: str,
-    split: str,
-    encoder: ChatEncoder,
-    summary: Summary,
-    max_tokens: int | None = None,
-) -> Iterator[tuple[Conversation, tuple[TokenizedChat | TooLong, ...]]]:
-    """Conversations with their samples; one that cannot be encoded counts as a bad row."""
-    remaining = conversations(config, source, split, summary)
-    while batch := list(itertools.islice(remaining, _CONVERSATIONS_PER_CALL)):
-        for conversation, samples in zip(batch, encoder.encode(batch, max_tokens), strict=True):
-            if isinstance(samples, BadRowError):
-                _refuse(conversation.where, samples, config, summary)
-            else:
-                yield conversation, samples
-
-
-def _refuse(where: str, error: BadRowError, config: DataConfig, summary: Summary) -> None:
-    if config.on_bad_row == "error":
-        raise UserError(f"{where}: {error}; fix the row, or set data.on_bad_row=skip")
-    summary.bad[str(error)] += 1
-    summary.first_bad = summary.first_bad or f"{where}: {error}"
-
-
-def fit(
-    chat: TokenizedChat | TooLong, where: str, config: DataConfig, summary: Summary
-) -> list[TokenizedChat]:
-    """The sample, truncated if `config` says so, or nothing if it is dropped."""
-    if isinstance(chat, TooLong):
-        takes = f"at least {chat.fewest - 1:,}"
-    elif len(chat.tokens) - 1 <= config.row_length:
-        return [chat]
-    else:
-        takes = f"{len(chat.tokens) - 1:,}"
-    if config.too_long == "error":
-        raise UserError(
-            f"{where}: the conversation takes {takes} tokens, a row holds "
-            f"{config.row_length:,}; raise data.row_length, or set data.too_long=truncate or drop"
-        )
-    cut = slice(config.row_length + 1)
-    if isinstance(chat, TooLong) or config.too_long == "drop" or not chat.mask[cut][1:].any():
-        summary.dropped += 1
-        return []
-    summary.truncated += 1
-    return [TokenizedChat(chat.tokens[cut], chat.weights[cut])]

@@ -11,7 +11,7 @@ from typing import Any
 
 from ranktuner_jax.data import storage
 from ranktuner_jax.data.config import DataConfig
-from ranktuner_jax.data.load import conversations
+from ranktuner_jax.data.encode import conversations
 from ranktuner_jax.data.summary import Summary
 from ranktuner_jax.errors import UserError
 

@@ -1,4 +1,4 @@
-"""Packed rows in memory, read by random access."""
+"""Packed rows, read by random access."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import grain
 import jax
@@ -14,6 +14,8 @@ import numpy as np
 
 from ranktuner_jax.data.batch import Batch
 from ranktuner_jax.data.chat import TokenizedChat
+from ranktuner_jax.data.chats import Chats, Part
+from ranktuner_jax.data.packing import Groups
 from ranktuner_jax.data.summary import Summary
 
 __all__ = ["Rows"]
@@ -52,20 +54,17 @@ class Rows:
     def __init__(
         self,
         chats: Sequence[TokenizedChat],
-        groups: Sequence[Sequence[int]],
+        groups: Groups | Sequence[Sequence[int]],
         *,
         row_length: int,
         summary: Summary,
         parts: Sequence[tuple[int, float]] = (),
         sources: Sequence[tuple[str, int]] = (),
     ):
-        lengths = [len(chat.tokens) for chat in chats]
-        self._offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        self._tokens = np.concatenate([chat.tokens for chat in chats])
-        self._weights = np.concatenate([chat.weights for chat in chats])
-        self._groups = groups
-        self._parts = parts or [(len(groups), 1.0)]
-        self.sources = sources or [("", len(chats))]
+        self._chats = chats if isinstance(chats, Chats) else Chats([Part.of(chats)])
+        self._groups = groups if isinstance(groups, Groups) else Groups.of(groups)
+        self._parts = parts or [(len(self._groups), 1.0)]
+        self.sources = sources or [("", len(self._chats))]
         self.row_length = row_length
         self.summary = summary
 
@@ -90,19 +89,25 @@ class Rows:
     @property
     def lengths(self) -> np.ndarray:
         """int64, the positions that each conversation takes: its tokens less one."""
-        return np.diff(self._offsets) - 1
+        return self._chats.lengths.astype(np.int64) - 1
 
     @property
     def largest_id(self) -> int:
         """The largest token id."""
-        return int(self._tokens.max())
+        return self._chats.largest_id
 
     def conversation(self, index: int) -> TokenizedChat:
         """A conversation by its number, in the order of the data."""
-        here = slice(*self._offsets[index : index + 2])
-        return TokenizedChat(self._tokens[here], self._weights[here])
+        return self._chats[index]
 
-    def lay_out(self, groups: Sequence[Sequence[int]]) -> Batch[np.ndarray]:
+    def source(self, index: int) -> str:
+        """The name of the source of a row, by the row's number (`Batch.row_index`)."""
+        stops = itertools.accumulate(count for count, _ in self._parts)
+        return next(
+            name for stop, (name, _) in zip(stops, self.sources, strict=True) if index < stop
+        )
+
+    def lay_out(self, groups: Sequence[Iterable[int]]) -> Batch[np.ndarray]:
         """A batch [B, T] of rows that hold the given conversations, whatever rows there are.
 
         Args:
@@ -114,13 +119,14 @@ class Rows:
         token_weights = np.zeros(shape, np.float32)
         for b, group in enumerate(groups):
             at = 0
-            for segment, chat in enumerate(group, 1):
-                first, last = self._offsets[chat], self._offsets[chat + 1] - 1
-                here = slice(at, at := at + int(last - first))
-                tokens[b, here] = self._tokens[first:last]
-                labels[b, here] = self._tokens[first + 1 : last + 1]
-                token_weights[b, here] = self._weights[first + 1 : last + 1]
-                positions[b, here] = np.arange(last - first)
+            for segment, number in enumerate(group, 1):
+                chat = self._chats[number]
+                length = len(chat.tokens) - 1
+                here = slice(at, at := at + length)
+                tokens[b, here] = chat.tokens[:-1]
+                labels[b, here] = chat.tokens[1:]
+                token_weights[b, here] = chat.weights[1:]
+                positions[b, here] = np.arange(length)
                 segment_ids[b, here] = segment
         return Batch(
             tokens=tokens,
@@ -152,9 +158,5 @@ class Rows:
     @functools.cached_property
     def fingerprint(self) -> int:
         """A checksum of contents and layout, by which a checkpoint recognizes its rows."""
-        order = np.fromiter(itertools.chain.from_iterable(self._groups), np.int64)
         layout = repr((self.row_length, list(self._parts))).encode()
-        checksum = 0
-        for part in (self._tokens.data, self._weights.data, order.data, layout):
-            checksum = zlib.crc32(part, checksum)
-        return checksum
+        return zlib.crc32(layout, zlib.crc32(self._groups.items.data, self._chats.crc()))

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import glob
 import hashlib
 import itertools
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -23,7 +24,7 @@ from ranktuner_jax.data.builtin import BUILTIN, prepare_builtin
 from ranktuner_jax.errors import UserError
 from ranktuner_jax.files import cache_dir, whole_folder
 
-__all__ = ["Record", "read_source"]
+__all__ = ["Record", "Source", "open_source", "read_source"]
 
 # The copies of remote folders that this process reads, each with the descriptor that holds its
 # lock. Readers open files lazily, so the lock is held until the process ends.
@@ -43,6 +44,55 @@ class Record:
     where: str
     fields: dict[str, Any]
     error: str = ""
+
+
+class View(Protocol):
+    """Rows by their number."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, start: int, stop: int) -> Iterator[Record]:
+        """The rows from `start` to `stop`."""
+
+
+class Source:
+    """A split of a source, read from any row on.
+
+    Attributes:
+      name: As in `read_source`.
+      files: The files whose bytes are its content.
+    """
+
+    def __init__(
+        self, name: str, split: str, views: Mapping[str, View], files: Sequence[epath.Path]
+    ) -> None:
+        self.name, self.files = name, tuple(files)
+        self._split, self._views = split, views
+
+    @functools.cached_property
+    def _parts(self) -> list[tuple[View, int, int]]:
+        lengths = {name: len(view) for name, view in self._views.items()}
+        parts = _instructions(self.name, self._split, lengths)
+        return [(self._views[name], start, stop) for name, start, stop in parts]
+
+    def __len__(self) -> int:
+        return sum(stop - start for _, start, stop in self._parts)
+
+    def read(self, start: int = 0, stop: int | None = None) -> Iterator[Record]:
+        """The rows from `start` to `stop`, by default all.
+
+        Raises:
+          UserError: If there is no such split.
+        """
+        first, chosen = 0, []
+        stop = len(self) if stop is None else stop
+        for view, begin, end in self._parts:
+            last = first + end - begin
+            if max(start, first) < min(stop, last):
+                low, high = max(start, first) - first, min(stop, last) - first
+                chosen.append(view.read(begin + low, begin + high))
+            first = last
+        return itertools.chain.from_iterable(chosen)
 
 
 def read_source(
@@ -77,18 +127,25 @@ def read_source(
       ...     [record.fields["completion"] for record in read_source(str(path))]
       ['4']
     """
+    return open_source(source, split, subset=subset, data_dir=data_dir).read()
+
+
+def open_source(
+    source: str, split: str = "train", *, subset: str = "", data_dir: str = ""
+) -> Source:
+    """Finds a source, without reading rows of it; everything is as in `read_source`."""
     if not source:
         raise UserError(
             "data.source: expected a name or a path, got nothing; name your rows, such as "
             "--config.data.source=rows.jsonl"
         )
     if source.startswith("hub:"):
-        return _read_hub(source.removeprefix("hub:"), split, subset)
+        return _open_hub(source.removeprefix("hub:"), split, subset)
     if source.endswith((".jsonl", ".parquet")):
-        return _read_files(source, split)
+        return _open_files(source, split)
     if source in BUILTIN:
-        return _read_tfds(source, tfds.builder_from_directory(prepare_builtin(source)), split)
-    return _read_tfds(source, _tfds_builder(source, data_dir), split)
+        return _open_tfds(source, tfds.builder_from_directory(prepare_builtin(source)), split)
+    return _open_tfds(source, _tfds_builder(source, data_dir), split)
 
 
 def _instructions(source: str, split: str, lengths: dict[str, int]) -> list[tuple[str, int, int]]:
@@ -113,7 +170,7 @@ def _instructions(source: str, split: str, lengths: dict[str, int]) -> list[tupl
 # --- files ---
 
 
-def _read_files(pattern: str, split: str) -> Iterator[Record]:
+def _open_files(pattern: str, split: str) -> Source:
     names = {name.split("[")[0].strip() for name in split.split("+")}
     if "{split}" not in pattern:
         if names != {"train"}:
@@ -121,15 +178,11 @@ def _read_files(pattern: str, split: str) -> Iterator[Record]:
                 f"split: {pattern} is one file and has the one split 'train', got {split!r}; "
                 "take a slice such as 'train[-500:]', or write {split} into the path"
             )
-        files = {"train": _glob(pattern)}
+        paths = {"train": _glob(pattern)}
     else:
-        files = {name: _glob(pattern.replace("{split}", name)) for name in sorted(names)}
-    lengths = {name: sum(map(_count_rows, paths)) for name, paths in files.items()}
-    parts = _instructions(pattern, split, lengths)
-    return itertools.chain.from_iterable(
-        itertools.islice(itertools.chain.from_iterable(map(_read_file, files[name])), start, stop)
-        for name, start, stop in parts
-    )
+        paths = {name: _glob(pattern.replace("{split}", name)) for name in sorted(names)}
+    views = {name: _Joined([_view(path) for path in files]) for name, files in paths.items()}
+    return Source(pattern, split, views, list(itertools.chain.from_iterable(paths.values())))
 
 
 def _glob(pattern: str) -> list[epath.Path]:
@@ -148,32 +201,95 @@ def _glob(pattern: str) -> list[epath.Path]:
     return paths
 
 
-def _count_rows(path: epath.Path) -> int:
-    if path.suffix == ".parquet":
-        return int(_parquet(path).metadata.num_rows)
-    with path.open("rb") as file:
-        return sum(1 for line in file if not line.isspace())
+def _view(path: epath.Path) -> View:
+    return _Parquet(path) if path.suffix == ".parquet" else _Lines(path)
 
 
-def _read_file(path: epath.Path) -> Iterator[Record]:
-    return _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
+class _Joined:
+    """The rows of several views, one after the other."""
+
+    def __init__(self, views: Sequence[View]) -> None:
+        self._views = views
+
+    def __len__(self) -> int:
+        return sum(map(len, self._views))
+
+    def read(self, start: int, stop: int) -> Iterator[Record]:
+        first = 0
+        for view in self._views:
+            last = first + len(view)
+            if max(start, first) < min(stop, last):
+                yield from view.read(max(start, first) - first, min(stop, last) - first)
+            first = last
 
 
-def _read_jsonl(path: epath.Path) -> Iterator[Record]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.isspace():
-                continue
-            where = f"{path}:{number}"
-            try:
-                fields = json.loads(line)
-            except (ValueError, RecursionError) as error:  # ValueError includes invalid UTF-8.
-                yield Record(where, {}, f"broken JSON: {error}")
-                continue
-            if isinstance(fields, dict):
-                yield Record(where, fields)
-            else:
-                yield Record(where, {}, f"expected a JSON object, got {type(fields).__name__}")
+class _Lines:
+    """The lines of a JSONL file that are not blank."""
+
+    # Where a row begins is kept of each so many.
+    _STRIDE = 1024
+
+    def __init__(self, path: epath.Path) -> None:
+        self._path = path
+
+    def __len__(self) -> int:
+        return self._scanned[0]
+
+    @functools.cached_property
+    def _scanned(self) -> tuple[int, list[tuple[int, int]]]:
+        """The number of rows, and byte and line of every 1024th."""
+        rows, at, marks = 0, 0, []
+        with self._path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.isspace():
+                    if rows % self._STRIDE == 0:
+                        marks.append((at, number))
+                    rows += 1
+                at += len(line)
+        return rows, marks
+
+    def read(self, start: int, stop: int) -> Iterator[Record]:
+        at, first = self._scanned[1][start // self._STRIDE]
+        with self._path.open("rb") as file:
+            file.seek(at)
+            lines = ((n, line) for n, line in enumerate(file, first) if not line.isspace())
+            skipped = start % self._STRIDE
+            for number, line in itertools.islice(lines, skipped, skipped + stop - start):
+                yield _from_line(f"{self._path}:{number}", line)
+
+
+def _from_line(where: str, line: bytes) -> Record:
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError) as error:  # ValueError includes invalid UTF-8.
+        return Record(where, {}, f"broken JSON: {error}")
+    if isinstance(fields, dict):
+        return Record(where, fields)
+    return Record(where, {}, f"expected a JSON object, got {type(fields).__name__}")
+
+
+class _Parquet:
+    """The rows of a Parquet file."""
+
+    def __init__(self, path: epath.Path) -> None:
+        self._path = path
+
+    def __len__(self) -> int:
+        return int(_parquet(self._path).metadata.num_rows)
+
+    def read(self, start: int, stop: int) -> Iterator[Record]:
+        file = _parquet(self._path)
+        sizes = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
+        ends = list(itertools.accumulate(sizes))
+        # Of those before and after, nothing is read.
+        groups = [i for i, end in enumerate(ends) if end > start and end - sizes[i] < stop]
+        number = ends[groups[0]] - sizes[groups[0]]
+        for batch in file.iter_batches(batch_size=1024, row_groups=groups):
+            low = min(max(start - number, 0), len(batch))
+            high = min(max(stop - number, 0), len(batch))
+            for i, fields in enumerate(batch.slice(low, high - low).to_pylist(), number + low + 1):
+                yield Record(f"{self._path}:{i}", fields)
+            number += len(batch)
 
 
 def _parquet(path: epath.Path) -> Any:
@@ -185,14 +301,6 @@ def _parquet(path: epath.Path) -> Any:
         return pyarrow.parquet.ParquetFile(path.open("rb") if remote else os.fspath(path))
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise UserError(f"data.source: {path} is not a Parquet file: {error}") from error
-
-
-def _read_parquet(path: epath.Path) -> Iterator[Record]:
-    number = 0
-    for group in _parquet(path).iter_batches(batch_size=1024):
-        for fields in group.to_pylist():
-            number += 1
-            yield Record(f"{path}:{number}", fields)
 
 
 # --- TFDS ---
@@ -289,21 +397,37 @@ def _remove_unless_held(copy: Path) -> None:
     os.close(directory)
 
 
-def _read_tfds(source: str, builder: Any, split: str) -> Iterator[Record]:
-    lengths = {name: info.num_examples for name, info in builder.info.splits.items()}
-    parts = _instructions(source, split, lengths)
-    try:
-        views = {name: builder.as_data_source(name) for name, _, _ in parts}
-    except (NotImplementedError, ImportError, ValueError) as error:
-        raise UserError(
-            f"data.source: {source} has no random access ({error}); rewrite it once with "
-            "`ranktuner data prepare`, or prepare it with file_format='array_record'"
-        ) from error
-    return (
-        Record(f"{source}[{name}]:{number + 1}", _unpack(row))
-        for name, start, stop in parts
-        for number, row in zip(range(start, stop), _slices(views[name], start, stop), strict=True)
-    )
+def _open_tfds(source: str, builder: Any, split: str) -> Source:
+    views = {name: _Tfds(source, builder, name) for name in builder.info.splits}
+    files = [path for path in epath.Path(builder.data_path).iterdir() if path.is_file()]
+    return Source(source, split, views, sorted(files, key=os.fspath))
+
+
+class _Tfds:
+    """The rows of a split of a TFDS data set."""
+
+    def __init__(self, source: str, builder: Any, name: str) -> None:
+        self._source, self._builder, self._name = source, builder, name
+
+    def __len__(self) -> int:
+        return int(self._builder.info.splits[self._name].num_examples)
+
+    @functools.cached_property
+    def _view(self) -> Any:
+        try:
+            return self._builder.as_data_source(self._name)
+        except (NotImplementedError, ImportError, ValueError) as error:
+            raise UserError(
+                f"data.source: {self._source} has no random access ({error}); rewrite it once with "
+                "`ranktuner data prepare`, or prepare it with file_format='array_record'"
+            ) from error
+
+    def read(self, start: int, stop: int) -> Iterator[Record]:
+        rows = _slices(self._view, start, stop)
+        return (
+            Record(f"{self._source}[{self._name}]:{number}", _unpack(row))
+            for number, row in enumerate(rows, start + 1)
+        )
 
 
 def _slices(view: Any, start: int, stop: int, size: int = 1024) -> Iterator[Any]:
@@ -346,7 +470,7 @@ def _plain(value: Any) -> Any:
 # --- the hub ---
 
 
-def _read_hub(name: str, split: str, subset: str) -> Iterator[Record]:
+def _open_hub(name: str, split: str, subset: str) -> Source:
     try:
         import datasets
     except ImportError as error:
@@ -355,12 +479,27 @@ def _read_hub(name: str, split: str, subset: str) -> Iterator[Record]:
             "run pip install 'ranktuner-jax[hub]'"
         ) from error
     try:
-        rows: Iterable[dict[str, Any]] = datasets.load_dataset(name, subset or None, split=split)
+        rows: Any = datasets.load_dataset(name, subset or None, split=split)
     except Exception as error:  # Anything that its network stack raises.
         raise UserError(
             f"data.source=hub:{name}: could not load split {split!r}: {_first_line(error)}"
         ) from error
-    return (Record(f"hub:{name}[{split}]:{i}", dict(row)) for i, row in enumerate(rows, 1))
+    files = [epath.Path(file["filename"]) for file in getattr(rows, "cache_files", ())]
+    # The hub has cut out the split already.
+    return Source(f"hub:{name}", "train", {"train": _Hub(f"hub:{name}[{split}]", rows)}, files)
+
+
+class _Hub:
+    """The rows of a data set of the hub."""
+
+    def __init__(self, name: str, rows: Any) -> None:
+        self._name, self._rows = name, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def read(self, start: int, stop: int) -> Iterator[Record]:
+        return (Record(f"{self._name}:{i + 1}", dict(self._rows[i])) for i in range(start, stop))
 
 
 def _first_line(error: Exception) -> str:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 __all__ = ["Summary"]
+
+# What is counted while a source is read.
+_COUNTS = ("read", "bad", "first_bad", "held_out", "dropped", "truncated", "supervised")
 
 
 @dataclass
@@ -46,6 +51,26 @@ class Summary:
     rows: int = 0
     unpacked: bool = False
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+
+    def counts(self) -> dict[str, Any]:
+        """The counts of the source's rows, as JSON types."""
+        return {name: getattr(self, name) for name in ("row_length", *_COUNTS)}
+
+    @classmethod
+    def of(cls, counts: Mapping[str, Any]) -> Summary:
+        """A summary with these counts.
+
+        Example:
+          >>> Summary.of(Summary(8, read=3, bad=collections.Counter(long=1)).counts()).bad
+          Counter({'long': 1})
+        """
+        return cls(**{**counts, "bad": collections.Counter(counts["bad"])})
+
+    def add(self, other: Summary) -> None:
+        """Adds the counts of later rows of the same source, or of another source."""
+        for name in _COUNTS:
+            mine, others = getattr(self, name), getattr(other, name)
+            setattr(self, name, (mine or others) if name == "first_bad" else mine + others)
 
     @property
     def fill(self) -> float:

@@ -4,8 +4,21 @@ from ranktuner_jax.models.config import DecoderConfig
 from ranktuner_jax.models.decoder import REMAT_POLICIES, Cache, Decoder
 from ranktuner_jax.models.families import FAMILIES, turn_ends
 from ranktuner_jax.models.hf import read_config
+from ranktuner_jax.models.lora import (
+    Frozen,
+    Lora,
+    adapter_shapes,
+    add_adapters,
+    merge_adapters,
+)
 from ranktuner_jax.models.partition import constrain, param_shardings
-from ranktuner_jax.models.pretrained import load_pretrained, resolve, save_pretrained
+from ranktuner_jax.models.pretrained import (
+    load_adapter,
+    load_pretrained,
+    resolve,
+    save_adapter,
+    save_pretrained,
+)
 from ranktuner_jax.models.rope import RopeConfig
 
 __all__ = [
@@ -14,12 +27,19 @@ __all__ = [
     "Cache",
     "Decoder",
     "DecoderConfig",
+    "Frozen",
+    "Lora",
     "RopeConfig",
+    "adapter_shapes",
+    "add_adapters",
     "constrain",
+    "load_adapter",
     "load_pretrained",
+    "merge_adapters",
     "param_shardings",
     "read_config",
     "resolve",
+    "save_adapter",
     "save_pretrained",
     "turn_ends",
 ]

@@ -18,6 +18,7 @@ from ranktuner_jax.models import attention, partition, rope
 from ranktuner_jax.models.attention import TokenPositions
 from ranktuner_jax.models.config import ACTIVATIONS, DecoderConfig
 from ranktuner_jax.models.linear import linear
+from ranktuner_jax.models.lora import Frozen, Lora
 
 if TYPE_CHECKING:
     from jaxtyping import Array, DTypeLike, Float, Int
@@ -96,16 +97,22 @@ class Layers(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike):
         self.config = config
+        self.lora: Lora | None = None  # Set by `add_adapters`, which adds the parameters too.
         for name, axes in partition.param_axes(config).items():
             if "layers" in axes:
                 setattr(self, name, _init(name, axes, config, rngs, param_dtype))
 
     def project(self, name: str, x: Float[Array, "B T *inputs"]) -> Float[Array, "B T *outputs"]:
-        """One linear map, in the dtype of `x`, with its bias if there is one."""
-        kernel = getattr(self, name)[...]
+        """One linear map, in the dtype of `x`, with its adapter and its bias if there are any."""
+        kernel = getattr(self, name)
         outputs = kernel.shape[: kernel.ndim - x.ndim + 2]
-        flat = (*x.shape[:2], -1)
-        y = linear(x.reshape(flat), kernel.reshape(math.prod(outputs), -1))
+        flat = x.reshape(*x.shape[:2], -1)
+        matrix = kernel[...].reshape(math.prod(outputs), -1)
+        y = linear(flat, matrix, frozen=isinstance(kernel, Frozen))
+        if self.lora is not None and name in self.lora.targets:
+            a, b = (getattr(self, f"{name}_lora_{factor}")[...] for factor in "ab")
+            low = linear(flat, a.reshape(self.lora.rank, -1))
+            y = y + linear(low * self.lora.scale, b.reshape(-1, self.lora.rank))
         y = y.reshape(*x.shape[:2], *outputs)
         if (bias := getattr(self, f"{name}_bias", None)) is not None:
             y = y + bias[...].astype(x.dtype)[None, None]

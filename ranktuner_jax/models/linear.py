@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 __all__ = ["linear"]
 
 
-def linear(x: Float[Array, "B T I"], kernel: Float[Array, "O I"]) -> Float[Array, "B T O"]:
+def linear(
+    x: Float[Array, "B T I"], kernel: Float[Array, "O I"], *, frozen: bool = False
+) -> Float[Array, "B T O"]:
     """`x @ kernel.T`, multiplied in the dtype of `x` and summed in float32.
 
     Unlike in a plain product, the kernel's gradient is not rounded to the dtype of `x`
@@ -24,6 +26,7 @@ def linear(x: Float[Array, "B T I"], kernel: Float[Array, "O I"]) -> Float[Array
     Args:
       x: Activations.
       kernel: Parameters, outputs first, in their own dtype.
+      frozen: Whether the kernel has no gradient; the backward pass then does without `x`.
 
     Returns:
       The product, in the dtype of `x`.
@@ -35,7 +38,8 @@ def linear(x: Float[Array, "B T I"], kernel: Float[Array, "O I"]) -> Float[Array
     # Inside shard_map a replicated kernel meets the device's own rows. The cast is explicit,
     # since a custom gradient must have the type of its primal.
     axes = tuple(_varying(x) - _varying(kernel))
-    return _linear(x, jax.lax.pcast(kernel, axes, to="varying") if axes else kernel)
+    product = _frozen_linear if frozen else _linear
+    return product(x, jax.lax.pcast(kernel, axes, to="varying") if axes else kernel)
 
 
 def _varying(x: Array) -> frozenset[str]:
@@ -72,3 +76,20 @@ def _backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
 
 
 _linear.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def _frozen_linear(x: Array, kernel: Array) -> Array:
+    return _linear(x, kernel)
+
+
+def _frozen_forward(x: Array, kernel: Array) -> tuple[Array, Array]:
+    return _linear(x, kernel), kernel
+
+
+def _frozen_backward(kernel: Array, g: Array) -> tuple[Array, None]:
+    dx = _dot(g.reshape(-1, g.shape[-1]), kernel.astype(g.dtype), 1, 0, g.dtype)
+    return dx.reshape(*g.shape[:-1], -1), None
+
+
+_frozen_linear.defvjp(_frozen_forward, _frozen_backward)

@@ -14,7 +14,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ranktuner_jax.models.config import DecoderConfig
 
-__all__ = ["PARAM_AXES", "RULES", "constrain", "param_axes", "param_shardings", "spec"]
+__all__ = [
+    "ADAPTER_AXES",
+    "OUTPUTS",
+    "PARAM_AXES",
+    "PROJECTIONS",
+    "RULES",
+    "constrain",
+    "param_axes",
+    "param_shardings",
+    "spec",
+]
 
 # Logical axis -> mesh axes. Axes that are not named here are never divided.
 RULES: dict[str, tuple[str, ...]] = {
@@ -56,6 +66,22 @@ PARAM_AXES: dict[str, tuple[str, ...]] = {
     "final_norm": ("features",),
     "head": ("vocab", "embed"),
 }
+
+# The matrices of a layer.
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+
+# How many of a matrix's axes (without the layer) are outputs; Hugging Face flattens them, and
+# the inputs likewise. Whatever is not here is a vector.
+OUTPUTS = {"embed": 1, "head": 1, "q": 2, "k": 2, "v": 2, "o": 1, "gate": 1, "up": 1, "down": 1}
+
+# The two factors of a low-rank change of a matrix, likewise: from its inputs to the rank, and
+# from the rank to its outputs.
+ADAPTER_AXES: dict[str, tuple[str, ...]] = {}
+for _name in PROJECTIONS:
+    _split = 1 + OUTPUTS[_name]
+    ADAPTER_AXES[f"{_name}_lora_a"] = ("layers", "rank", *PARAM_AXES[_name][_split:])
+    ADAPTER_AXES[f"{_name}_lora_b"] = (*PARAM_AXES[_name][:_split], "rank")
+    OUTPUTS |= {f"{_name}_lora_a": 1, f"{_name}_lora_b": OUTPUTS[_name]}
 
 
 def param_axes(config: DecoderConfig) -> dict[str, dict[str, int]]:
@@ -137,7 +163,7 @@ def param_shardings(tree: Any, mesh: Mesh) -> Any:
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-        axes = PARAM_AXES.get(names[-1], ()) if names else ()
+        axes = (PARAM_AXES | ADAPTER_AXES).get(names[-1], ()) if names else ()
         shape = getattr(leaf, "shape", ())
         if len(axes) != len(shape):
             return NamedSharding(mesh, PartitionSpec())

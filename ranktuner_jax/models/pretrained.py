@@ -19,14 +19,15 @@ from jax.sharding import Mesh
 
 from ranktuner_jax import files
 from ranktuner_jax.errors import UserError
-from ranktuner_jax.models import hf, smollm2
+from ranktuner_jax.models import hf, partition, smollm2
 from ranktuner_jax.models.decoder import Decoder
+from ranktuner_jax.models.lora import set_adapters
 
 if TYPE_CHECKING:
     from jaxtyping import DTypeLike
     from transformers import PretrainedConfig
 
-__all__ = ["load_pretrained", "resolve", "save_pretrained"]
+__all__ = ["load_adapter", "load_pretrained", "resolve", "save_adapter", "save_pretrained"]
 
 # Models that come in a Python package rather than from a hub.
 _EMBEDDED: dict[str, Callable[[Path], None]] = {"smollm2-135m": smollm2.convert}
@@ -45,14 +46,19 @@ _COMPANIONS = (
     "generation_config.json",
 )
 
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", *_COMPANIONS)
 
-def resolve(path_or_name: str | os.PathLike[str], cache_dir: Path | None = None) -> Path:
+
+def resolve(
+    path_or_name: str | os.PathLike[str], cache_dir: Path | None = None, *, weights: bool = True
+) -> Path:
     """The Hugging Face folder that a name stands for.
 
     Args:
       path_or_name: A folder; `smollm2-135m`, which is converted into the cache at the
         first call (several processes may do so at the same time); or a hub id `owner/name`.
       cache_dir: Where converted models are kept.
+      weights: Whether the weights are needed; without them, a hub is asked for the config alone.
 
     Raises:
       UserError: If there is no such model, or it cannot be fetched.
@@ -72,7 +78,7 @@ def resolve(path_or_name: str | os.PathLike[str], cache_dir: Path | None = None)
                 _EMBEDDED[name](scratch)
         return folder
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return _download(name)
+        return _download(name, ["config.json", *(_WEIGHTS if weights else ())])
     raise UserError(
         f"model {name!r}: no such folder; give a Hugging Face folder, a hub id owner/name, "
         f"or one of: {', '.join(_EMBEDDED)}"
@@ -98,10 +104,9 @@ def _upload(folder: Path, target: epath.Path) -> None:
             shutil.copyfileobj(source, sink, 16 * 2**20)
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, patterns: list[str]) -> Path:
     import huggingface_hub
 
-    patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", *_COMPANIONS]
     try:
         return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns))
     except Exception as error:  # The hub client raises its own, httpx's and OSError.
@@ -176,6 +181,7 @@ def save_pretrained(
 
     Raises:
       UserError: If `path` exists or cannot be written.
+      ValueError: If the model has adapters.
 
     Example:
       >>> from flax import nnx
@@ -187,30 +193,120 @@ def save_pretrained(
       ...     load_pretrained(f"{folder}/model").config == config
       True
     """
+    if model.layers.lora is not None:
+        raise ValueError("model must have no adapters: use save_adapter, or merge_adapters first.")
+    companions = _companions(tokenizer_from)
+
+    def write(scratch: Path) -> None:
+        hf.write_weights(model, scratch, max_shard_bytes=max_shard_bytes)
+        if jax.process_index() != 0:
+            return
+        config = model.config.to_hf()
+        config.dtype = str(model.unembed.dtype)
+        config.save_pretrained(scratch)
+        _copy(companions, scratch, chat_template)
+        if stop_ids:
+            _add_stop_ids(scratch, config, stop_ids)
+
+    _write_folder(path, write)
+
+
+def load_adapter(
+    model: Decoder, path: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32
+) -> None:
+    """Freezes a decoder in place and adds the adapters of PEFT's folder.
+
+    Args:
+      model: The decoder.
+      path: The folder.
+      dtype: Type of the adapters.
+
+    Raises:
+      UserError: If there is no adapter, it is of a kind that is not supported, or it does not fit.
+      ValueError: If the model has adapters already.
+
+    Example: see `save_adapter`.
+    """
+    lora, factors = hf.read_adapter(Path(path), model.config)
+    factors = {name: factor.astype(dtype) for name, factor in factors.items()}
+    if model.mesh is None:
+        set_adapters(model, lora, {name: jnp.asarray(factor) for name, factor in factors.items()})
+        return
+    shardings = partition.param_shardings(factors, model.mesh)
+    placed = {
+        name: jax.make_array_from_callback(factor.shape, shardings[name], factor.__getitem__)
+        for name, factor in factors.items()
+    }
+    set_adapters(model, lora, placed)
+
+
+def save_adapter(
+    model: Decoder,
+    path: str | os.PathLike[str],
+    base: str = "",
+    tokenizer_from: str | os.PathLike[str] | None = None,
+    *,
+    chat_template: str = "",
+) -> None:
+    """Writes the adapters of a decoder as a folder that `peft` and vLLM load.
+
+    The folder appears whole or not at all. With several processes, all must call.
+
+    Args:
+      model: A decoder with adapters.
+      path: A folder that does not exist yet, or `gs://bucket/folder`.
+      base: The name or folder of the frozen model, as `peft` is to find it.
+      tokenizer_from: As in `save_pretrained`.
+      chat_template: As in `save_pretrained`.
+
+    Raises:
+      UserError: If `path` exists or cannot be written.
+      ValueError: If the model has no adapters.
+
+    Example:
+      >>> from flax import nnx
+      >>> from ranktuner_jax import models
+      >>> config = models.DecoderConfig(vocab_size=11, hidden_size=8, intermediate_size=16,
+      ...                               num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4)
+      >>> model = Decoder(config, rngs=nnx.Rngs(0))
+      >>> models.add_adapters(model, models.Lora(rank=2, alpha=4.0), rngs=nnx.Rngs(1))
+      >>> other = Decoder(config, rngs=nnx.Rngs(0))
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save_adapter(model, f"{folder}/adapter")
+      ...     load_adapter(other, f"{folder}/adapter")
+      >>> other.layers.lora == model.layers.lora
+      True
+      >>> models.merge_adapters(other)
+      >>> other.layers.lora is None
+      True
+    """
+    if model.layers.lora is None:
+        raise ValueError("model must have adapters: got none.")
+    companions = _companions(tokenizer_from)
+
+    def write(scratch: Path) -> None:
+        hf.write_adapter(model, scratch, base)
+        if jax.process_index() == 0:
+            _copy(companions, scratch, chat_template)
+
+    _write_folder(path, write)
+
+
+def _write_folder(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
+    """Writes a folder, whole or not at all.
+
+    Args:
+      path: The folder.
+      write: Writes into the folder that it is given; processes other than the first call it too,
+        to gather arrays, with a folder that it must not touch.
+    """
     remote = "://" in os.fspath(path)
     folder = epath.Path(path) if remote else Path(path)
     if folder.exists():
         raise UserError(f"{folder}: exists already; give a new path, nothing is overwritten")
-    companions: list[Path] = []
-    if tokenizer_from is not None:
-        source = resolve(tokenizer_from)
-        companions = [source / name for name in _COMPANIONS if (source / name).is_file()]
-
-    def write(scratch: Path) -> None:
-        hf.write_weights(model, scratch, max_shard_bytes=max_shard_bytes)
-        config = model.config.to_hf()
-        config.dtype = str(model.unembed.dtype)
-        config.save_pretrained(scratch)
-        for file in companions:
-            shutil.copyfile(file, scratch / file.name)
-        if chat_template:
-            (scratch / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
-        if stop_ids:
-            _add_stop_ids(scratch, config, stop_ids)
-
     _sync_processes("checked")  # Nothing may be written before all have found the path free.
     if jax.process_index() != 0:
-        hf.write_weights(model, Path(), max_shard_bytes=max_shard_bytes)  # Only gathers.
+        write(Path())
     elif remote:
         with tempfile.TemporaryDirectory() as name:
             write(Path(name))
@@ -219,6 +315,22 @@ def save_pretrained(
         with _new_folder(Path(folder)) as scratch:
             write(scratch)
     _sync_processes("written")
+
+
+def _companions(source: str | os.PathLike[str] | None) -> list[Path]:
+    """The files of a model's folder beside its weights and its config; none without a folder."""
+    if source is None:
+        return []
+    folder = resolve(source)
+    return [folder / name for name in _COMPANIONS if (folder / name).is_file()]
+
+
+def _copy(files: Sequence[Path], folder: Path, chat_template: str) -> None:
+    """Copies them, and replaces the chat template if one is given."""
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+    if chat_template:
+        (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
 
 
 def _add_stop_ids(folder: Path, config: PretrainedConfig, stop_ids: Sequence[int]) -> None:

@@ -3,6 +3,7 @@
 from ranktuner_jax.train.config import (
     CheckpointConfig,
     HooksConfig,
+    LoraConfig,
     LossConfig,
     MeshConfig,
     OptimizerConfig,
@@ -47,6 +48,7 @@ __all__ = [
     "Hook",
     "HooksConfig",
     "KeepBest",
+    "LoraConfig",
     "LossConfig",
     "MeshConfig",
     "OptimizerConfig",

@@ -6,6 +6,7 @@ import os
 import pathlib
 import sys
 
+from ranktuner_jax import models
 from ranktuner_jax.errors import UserError
 from ranktuner_jax.train.config import MeshConfig
 from ranktuner_jax.train.run import Run
@@ -15,30 +16,43 @@ __all__ = ["export"]
 
 
 def export(
-    workdir: str | os.PathLike[str], output: str | os.PathLike[str], step: int | None = None
+    workdir: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    step: int | None = None,
+    *,
+    merge: bool = False,
 ) -> int:
-    """Writes a checkpoint of a run as a Hugging Face folder.
+    """Writes a checkpoint of a run as a Hugging Face folder, or its adapters as PEFT's.
 
-    Reads only the parameters from the checkpoint, and no weights of the initial model.
+    Reads only the parameters from the checkpoint, and weights of the initial model only to merge.
 
     Args:
       workdir: The folder of the run.
       output: The folder to write; it must not exist yet.
       step: Step of the checkpoint; by default the newest intact one.
+      merge: Whether to write the whole model of a run with adapters, which are added to it.
 
     Returns:
       The step that was exported.
 
     Raises:
-      UserError: If there is no such run or checkpoint, or `output` exists.
+      UserError: If there is no such run or checkpoint, `output` exists, or there is nothing to
+        merge.
     """
     output = pathlib.Path(output)
     if output.exists():
         raise UserError(f"--output: expected a folder that does not exist yet, got {output}")
     run = Run.open(workdir)
+    if merge and not run.config.lora.is_on:
+        raise UserError(
+            f"--merge: expected a run with adapters, got {workdir}, which trained the whole model; "
+            "leave it out"
+        )
     # The devices of this machine, not the run's.
-    restored = run.restore_model(make_mesh(MeshConfig(data=1, fsdp=-1)), step)
+    restored = run.restore_model(make_mesh(MeshConfig(data=1, fsdp=-1)), step, base=merge)
     for note in restored.notes:
         print(note, file=sys.stderr)
+    if merge:
+        models.merge_adapters(restored.state)
     run.save_pretrained(restored.state, output)
     return restored.step

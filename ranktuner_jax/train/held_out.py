@@ -33,7 +33,7 @@ class HeldOut:
 
     def __init__(self, config: TrainConfig, folder: pathlib.Path, tokenizer: Any) -> None:
         self._config, self._folder, self._tokenizer = config.eval, folder, tokenizer
-        self._data = config.data
+        self._data, self._adapter = config.data, config.lora.adapter
         split = config.eval.split
         self._rows = data.load_rows(config.data, tokenizer, split=split, seed=config.seed)
         self._examples: list[data.Example] = []
@@ -59,7 +59,12 @@ class HeldOut:
         )
 
     def cached(self, model: models.Decoder, progress: Progress | None = None) -> evals.EvalResult:
-        """Like `evaluate`, for the initial model; the result is kept in the user's cache."""
+        """Like `evaluate`, for the initial model; the result is kept in the user's cache.
+
+        That of a model with trained adapters, whose files are not all in its folder, is not.
+        """
+        if self._adapter:
+            return self.evaluate(model, progress)
         result, _ = evals.cached_evaluation(
             model,
             self._tokenizer,

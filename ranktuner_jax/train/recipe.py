@@ -100,8 +100,12 @@ def _train_and_evaluate(run: Run, hooks: Sequence[Hook]) -> RunResult:
     assert isinstance(evaluate, Evaluate)
     with run.trainer([evaluate, *hooks, *own[1:]]) as trainer:
         trainer.open_telemetry(run.steps)
-        size = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(run.model, nnx.Param)))
-        trainer.say(f"model: {config.model}, {size:,} parameters, {describe_devices(run.mesh)}")
+        trained, frozen = (
+            sum(leaf.size for leaf in jax.tree.leaves(state))
+            for state in nnx.state(run.model, nnx.Param, ...)
+        )
+        size = f"{trained + frozen:,} parameters" + f", {trained:,} trained" * bool(frozen)
+        trainer.say(f"model: {config.model}, {size}, {describe_devices(run.mesh)}")
         if config.data.chat_template:
             trainer.say(f"chat template: {config.data.chat_template}, not the tokenizer's own")
         trainer.say(f"data: {run.rows.summary}")

@@ -11,16 +11,17 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
-from ranktuner_jax import data, evals, losses, models
+from ranktuner_jax import data, evals, files, losses, models
 from ranktuner_jax.errors import UserError
 from ranktuner_jax.models import hf
-from ranktuner_jax.train.config import TrainConfig, read_config, to_dict
+from ranktuner_jax.train.config import LoraConfig, TrainConfig, read_config, to_dict
 from ranktuner_jax.train.config.load import write_out
 from ranktuner_jax.train.held_out import HeldOut
 from ranktuner_jax.train.hooks import (
@@ -38,7 +39,7 @@ from ranktuner_jax.train.step.optimizers import make_optimizer
 from ranktuner_jax.train.step.schedules import make_schedule
 from ranktuner_jax.train.trainer import Trainer
 
-__all__ = ["Run", "replay"]
+__all__ = ["Run", "replay", "with_adapter", "with_trained"]
 
 
 class Run:
@@ -104,6 +105,28 @@ class Run:
         return models.resolve(self.config.model)
 
     @functools.cached_property
+    def adapter(self) -> pathlib.Path | None:
+        """PEFT's folder of the initial adapters; None if the model has none or new ones."""
+        if not self.config.lora.adapter:
+            return None
+        folder = pathlib.Path(self.config.lora.adapter)
+        if not (folder / hf.ADAPTER_CONFIG).is_file():
+            raise UserError(
+                f"lora.adapter: expected PEFT's folder, found no {folder / hf.ADAPTER_CONFIG}"
+            )
+        return folder
+
+    @property
+    def model_name(self) -> str:
+        """The folder of the initial model, and that of its adapters if it has any."""
+        return " with ".join(map(str, filter(None, (self.folder, self.adapter))))
+
+    @property
+    def model_stamp(self) -> str:
+        """Changes when a file of the initial model does; see `files.stamp`."""
+        return " ".join(map(files.stamp, filter(None, (self.folder, self.adapter))))
+
+    @functools.cached_property
     def tokenizer(self) -> Any:
         """Its tokenizer, with the chat template of the config."""
         return data.load_tokenizer(self.folder, self.config.data.chat_template)
@@ -144,15 +167,28 @@ class Run:
 
     @functools.cached_property
     def model(self) -> models.Decoder:
-        """The initial model, on the mesh."""
+        """The initial model, on the mesh, with the adapters of the config."""
+        return self._load(self.mesh)
+
+    def _load(self, mesh: Mesh) -> models.Decoder:
         train = self.config.train
-        return models.load_pretrained(
+        model = models.load_pretrained(
             self.folder,
-            mesh=self.mesh,
+            mesh=mesh,
             dtype=jnp.dtype(train.compute_dtype),
-            param_dtype=jnp.dtype(train.param_dtype),
+            param_dtype=jnp.dtype(self.config.lora.base or train.param_dtype),
             remat=train.remat,
         )
+        self._adapt(model)
+        return model
+
+    def _adapt(self, model: models.Decoder) -> None:
+        """Adds the initial adapters of the config, if it has any."""
+        new, dtype = self.config.lora.new_adapters, jnp.dtype(self.config.train.param_dtype)
+        if self.adapter is not None:
+            models.load_adapter(model, self.adapter, dtype=dtype)
+        elif new is not None:
+            models.add_adapters(model, new, rngs=nnx.Rngs(self.config.seed), dtype=dtype)
 
     @functools.cached_property
     def weighting(self) -> losses.Weighting:
@@ -247,10 +283,21 @@ class Run:
     def save_pretrained(self, model: models.Decoder, output: str | os.PathLike[str]) -> None:
         """Writes a model as a Hugging Face folder, with the run's tokenizer and chat template.
 
+        Of a model with adapters it is PEFT's folder, without the frozen parameters.
+
         Raises:
           UserError: If the folder exists or cannot be written.
         """
         template = self.config.data.chat_template and self.tokenizer.get_chat_template()
+        if model.layers.lora is not None:
+            models.save_adapter(
+                model,
+                output,
+                base=self.config.model,
+                tokenizer_from=self.folder,
+                chat_template=template,
+            )
+            return
         models.save_pretrained(
             model,
             output,
@@ -259,27 +306,49 @@ class Run:
             stop_ids=self.stop_ids,
         )
 
-    def restore_model(self, mesh: Mesh, step: int | None = None) -> Restored[models.Decoder]:
+    def restore_model(
+        self, mesh: Mesh, step: int | None = None, *, base: bool = True
+    ) -> Restored[models.Decoder]:
         """The model of a checkpoint; the optimizer state is not read.
 
         Args:
           mesh: The mesh to place its parameters on, which may differ from the run's.
           step: Step of the checkpoint; by default the newest intact one.
+          base: Whether to read the frozen parameters of a run with adapters too; without them the
+            model has shapes in their place.
 
         Raises:
           UserError: If there is no such checkpoint.
         """
         assert self.workdir is not None
-        # With a tensor axis, the vocabulary in the checkpoint is padded to a multiple of its size.
-        decoder = dataclasses.replace(
-            models.read_config(self.folder), vocab_multiple=max(1, self.config.mesh.tensor)
-        )
-        graph, shapes = hf.abstract_decoder(
-            decoder, mesh=mesh, param_dtype=jnp.dtype(self.config.train.param_dtype)
+        base = base and self.config.lora.is_on
+        if base:
+            initial = self._load(mesh)
+        else:
+            # With a tensor axis, the vocabulary in the checkpoint is padded to a multiple of it.
+            decoder = dataclasses.replace(
+                models.read_config(self.folder), vocab_multiple=max(1, self.config.mesh.tensor)
+            )
+            initial = nnx.merge(
+                *hf.abstract_decoder(
+                    decoder, mesh=mesh, param_dtype=jnp.dtype(self.config.train.param_dtype)
+                )
+            )
+            self._adapt(initial)
+        graph, _ = nnx.split(initial)
+        params, frozen = nnx.state(initial, nnx.Param, ...)
+        shapes = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
+            params,
         )
         with contextlib.closing(
             Checkpoints(
-                self.workdir, self.config.checkpoint, to_dict(self.config), shapes, read_only=True
+                self.workdir,
+                self.config.checkpoint,
+                to_dict(self.config),
+                shapes,
+                read_only=True,
+                base=frozen if base else None,
             )
         ) as checkpoints:
             known = checkpoints.steps
@@ -289,7 +358,7 @@ class Run:
                     f"({', '.join(map(str, known)) or 'it has none'}), got {step}"
                 )
             restored = checkpoints.restore_params(shapes, step)
-        model = nnx.merge(graph, restored.state)
+        model = nnx.merge(graph, restored.state, frozen)
         return Restored(model, restored.data, restored.step, restored.notes)
 
 
@@ -307,6 +376,24 @@ def replay(workdir: str | os.PathLike[str], step: int) -> dict[str, float]:
       UserError: If no such step was saved.
     """
     return Run.open(workdir).trainer().replay(step)
+
+
+def with_trained(config: TrainConfig, folder: str | os.PathLike[str]) -> TrainConfig:
+    """The config with the model that a run of it has exported in the place of the initial one.
+
+    Args:
+      config: The config of the run.
+      folder: The folder that it exported: a whole model, or adapters.
+    """
+    if pathlib.Path(folder, hf.ADAPTER_CONFIG).exists():
+        return with_adapter(config, os.fspath(folder))
+    return dataclasses.replace(config, model=os.fspath(folder), lora=LoraConfig())
+
+
+def with_adapter(config: TrainConfig, folder: str) -> TrainConfig:
+    """The config with trained adapters in the place of new ones; without any if `folder` is ""."""
+    lora = LoraConfig(adapter=folder, base=config.lora.base if folder else "")
+    return dataclasses.replace(config, lora=lora)
 
 
 def describe_devices(mesh: Mesh) -> str:

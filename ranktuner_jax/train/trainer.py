@@ -61,7 +61,8 @@ class Trainer:
 
     Args:
       model: The decoder. It is trained in place: its arrays are donated, and it holds the trained
-        parameters whenever no step is running.
+        parameters whenever no step is running. Of one with adapters (`models.add_adapters`) they
+        alone are trained and saved.
       tx: An optax transformation.
       weighting: How tokens are weighted.
       mesh: Axes data, fsdp and tensor (`make_mesh`); by default the model's.
@@ -162,7 +163,7 @@ class Trainer:
     def model(self) -> models.Decoder:
         """The model, with the latest parameters."""
         if self._state is not None:
-            nnx.update(self._model, self._state.params)
+            nnx.update(self._model, self._state.params, self._state.base)
         return self._model
 
     @property
@@ -170,7 +171,7 @@ class Trainer:
         """The train state; the optimizer state is created on first use."""
         if self._state is None:
             self._state = init_state(self._model, self.tx, self.mesh)
-            nnx.update(self._model, self._state.params)
+            nnx.update(self._model, self._state.params, self._state.base)
         return self._state
 
     @property
@@ -276,7 +277,7 @@ class Trainer:
           The metrics, computed asynchronously: "loss", "nll", "grad_norm", "nonfinite" and so on.
         """
         metrics = self._take_step(self._program.place(batch), self._program.off)
-        nnx.update(self._model, self.state.params)
+        nnx.update(self._model, self.state.params, self.state.base)
         return metrics
 
     def save(self) -> None:
@@ -317,7 +318,7 @@ class Trainer:
             self._source, self._position = None, restored.data["batches"]
             for name, (step, value) in restored.data["metrics"].items():
                 self._telemetry.record(step, {name: value}, write=False)
-            nnx.update(self._model, self._state.params)
+            nnx.update(self._model, self._state.params, self._state.base)
             self._calls.set_state(restored.data["hooks"])
         return self.steps_done
 
@@ -372,8 +373,9 @@ class Trainer:
     def __enter__(self) -> Trainer:
         self._users += 1
         if self._users == 1 and self.workdir is not None:
+            params, base = nnx.state(self.model, nnx.Param, ...)
             self._checkpoints = Checkpoints(
-                self.workdir, self._checkpoint, self._run, nnx.state(self._model, nnx.Param)
+                self.workdir, self._checkpoint, self._run, params, base=base
             )
         return self
 
@@ -407,7 +409,11 @@ class Trainer:
             self.open_telemetry(steps)
             self._log = StepLog(
                 self._telemetry,
-                Utilisation(self._model.config, self.mesh.devices.flatten().tolist()),
+                Utilisation(
+                    self._model.config,
+                    self.mesh.devices.flatten().tolist(),
+                    self._model.layers.lora,
+                ),
                 steps,
                 every=self._log_every,
                 # Non-finite steps did not advance the state's step.
@@ -472,7 +478,7 @@ class Trainer:
                     raise Stopped(f"stopped after step {number}; not saved, without a workdir")
                 self._checkpoints.wait()
                 raise Stopped(f"stopped and saved after step {number}")
-        nnx.update(self._model, self.state.params)
+        nnx.update(self._model, self.state.params, self.state.base)
 
     def _take_step(self, batch: data.Batch, hold: jax.Array) -> Metrics:
         self._program.compile(self.state, batch)

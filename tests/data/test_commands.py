@@ -182,6 +182,47 @@ def test_prepare_names_the_folder_that_it_may_not_write_to(
         call(prepare, f"--config.data.source={write_jsonl(*GSM8K)}", f"--output={folder / 'out'}")
 
 
+def test_prepare_without_an_output_keeps_the_tokens_that_training_reads(
+    write_jsonl: Callable[..., str],
+    folder: str,
+    tokenizer: Any,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = write_jsonl(*GSM8K * 5, {"question": "1 + 1?", "answer": "2"})
+    keys = (
+        f"--config.model={folder}",
+        f"--config.data.source={source}",
+        "--config.data.row_length=128",
+        "--config.data.holdout=0.4",
+        "--config.data.too_long=drop",
+    )
+    assert call(prepare, *keys, f"--config.data.cache={tmp_path / 'kept'}") == 0
+    printed = capsys.readouterr()
+    shown = re.findall(r"^(\w+): ([\d,]+) conversations", printed.out, re.MULTILINE)
+    assert [name for name, _ in shown] == ["train", "holdout"]
+    assert sum(int(count) for _, count in shown) == 11
+    assert "tokenized at each start" not in printed.out
+    config = DataConfig(
+        source, row_length=128, holdout=0.4, too_long="drop", cache=str(tmp_path / "kept")
+    )
+    for split in ("train", "holdout"):
+        load_rows(config, tokenizer, split=split)
+    assert capsys.readouterr().err == ""
+    assert len(list(tmp_path.glob("kept/*/cache.json"))) == 2
+
+
+def test_prepare_says_which_sources_are_too_small_to_be_kept(
+    write_jsonl: Callable[..., str], folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_jsonl(*GSM8K)
+    keys = (f"--config.model={folder}", f"--config.data.source={source}")
+    assert call(prepare, *keys) == 0
+    assert f"train: {source} is tokenized at each start" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--split: expected --output with it, got 'test' alone"):
+        call(prepare, *keys, "--split=test")
+
+
 # --- inspect ---
 
 
@@ -308,12 +349,21 @@ def test_bench_measures_the_pipeline(
             f"--config.data.source={source}",
             f"--config.model={folder}",
             "--config.data.row_length=128",
+            "--cores=1",
         )
         == 0
     )
     printed = capsys.readouterr().out
     assert json.dumps(40) in printed
     assert "tokenize and pack" in printed
+    [cold, warm] = (
+        re.search(rf"{name} +1 +([\d.]+) s +[\d,]+ +-?([\d.]+) GB", printed)
+        for name in ("cold", "warm")
+    )
+    assert cold
+    assert warm
+    with pytest.raises(UserError, match=r"--cores: expected numbers from 1 to \d+, got \[0\]"):
+        call(bench, f"--config.data.source={source}", "--cores", "0")
     result = bench.measure(DataConfig(source, row_length=128), folder, batch_size=4)
     assert result.conversations == 40
     assert 0 < result.fill <= 1

@@ -103,9 +103,8 @@ def test_a_known_device_has_utilisation_and_memory_metrics(
 ) -> None:
     devices: Any = [Device(3 * 10**9), Device(5 * 10**9)]
     monkeypatch.setattr(jax, "local_devices", lambda: devices)
-    counts = {"tokens": 1e6, "supervised": 5e5, "seen": 1e8}
-    numbers = Utilisation(TINY, devices).metrics(**counts, seconds=2.0)
-    per_device = step_flops(TINY, **counts) / 2 / 2
+    numbers = Utilisation(TINY, devices).metrics(tokens=1e6, supervised=5e5, seen=1e8, seconds=2.0)
+    per_device = step_flops(TINY, tokens=1e6, supervised=5e5, seen=1e8) / 2 / 2
     assert numbers["mfu"] == pytest.approx(per_device / 989e12)
     assert numbers["tflops_per_device"] == pytest.approx(per_device / 1e12)
     assert numbers["memory/device_peak_gb"] == 5.0

@@ -22,7 +22,8 @@ from ranktuner_jax.data import (
     TokenizedChat,
     best_fit,
 )
-from ranktuner_jax.data.load import fit, share_of, tokenized
+from ranktuner_jax.data.encode import fit, tokenized
+from ranktuner_jax.data.load import share_of
 from ranktuner_jax.errors import UserError
 
 if TYPE_CHECKING:

@@ -8,13 +8,9 @@ from ranktuner_jax.models import partition
 from ranktuner_jax.models.config import DecoderConfig
 from ranktuner_jax.models.families import FAMILIES
 
-__all__ = ["INDEX", "OUTPUTS", "tensor_names"]
+__all__ = ["INDEX", "tensor_names"]
 
 INDEX = "model.safetensors.index.json"
-
-# How many of a matrix's axes (without the layer) are outputs; Hugging Face flattens them, and
-# the inputs likewise. Whatever is not here is a vector.
-OUTPUTS = {"embed": 1, "head": 1, "q": 2, "k": 2, "v": 2, "o": 1, "gate": 1, "up": 1, "down": 1}
 
 
 def tensor_names(config: DecoderConfig) -> dict[str, tuple[str, int | None, tuple[int, ...]]]:
@@ -31,7 +27,7 @@ def tensor_names(config: DecoderConfig) -> dict[str, tuple[str, int | None, tupl
             for axis, size in axes.items()
             if axis != "layers"
         ]
-        outputs = OUTPUTS.get(name, len(sizes))
+        outputs = partition.OUTPUTS.get(name, len(sizes))
         parts = [part for part in (sizes[:outputs], sizes[outputs:]) if part]
         shape = tuple(map(math.prod, parts))
         template = FAMILIES[config.family].tensors[name]

@@ -20,7 +20,8 @@ from ranktuner_jax.models import partition
 from ranktuner_jax.models.config import DecoderConfig
 from ranktuner_jax.models.decoder import Decoder
 from ranktuner_jax.models.families import FAMILIES
-from ranktuner_jax.models.hf.names import INDEX, OUTPUTS, tensor_names
+from ranktuner_jax.models.hf.names import INDEX, tensor_names
+from ranktuner_jax.models.hf.peft import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
     from jaxtyping import DTypeLike
@@ -41,6 +42,11 @@ def read_config(folder: Path) -> DecoderConfig:
     """
     from transformers import AutoConfig
 
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder}: an adapter, expected a whole model; name the model that it belongs to, and "
+            "this folder with --adapter"
+        )
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json; expected a Hugging Face model folder")
     try:
@@ -154,7 +160,7 @@ class _Checkpoint:
         shape: tuple[int, ...],
     ) -> None:
         source = self.slices[tensor]
-        outputs = OUTPUTS.get(name, len(shape))
+        outputs = partition.OUTPUTS.get(name, len(shape))
         rows = _flat(bounds[:outputs], shape[:outputs])
         # Rows of the vocabulary beyond the real ones are padding, and stay zero.
         stop = min(rows.stop, source.get_shape()[0])

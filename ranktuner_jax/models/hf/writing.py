@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -17,10 +15,10 @@ from flax import nnx
 from ranktuner_jax.models.decoder import Decoder
 from ranktuner_jax.models.hf.names import INDEX, tensor_names
 
-__all__ = ["write_weights"]
+__all__ = ["fetch_tensor", "save_tensors", "write_weights"]
 
 
-def _fetch(value: jax.Array, layer: int | None, shape: tuple[int, ...]) -> np.ndarray:
+def fetch_tensor(value: jax.Array, layer: int | None, shape: tuple[int, ...]) -> np.ndarray:
     """One tensor in Hugging Face's shape, gathered from all devices and processes."""
     if value.is_fully_addressable:
         array = _gather(value, layer)
@@ -55,13 +53,13 @@ def _gather(value: jax.Array, layer: int | None) -> np.ndarray:
     return array
 
 
-@contextlib.contextmanager
-def _system_errors() -> Iterator[None]:
-    """Raises system errors (a full disk) as `OSError`; safetensors only quotes them."""
+def save_tensors(tensors: dict[str, np.ndarray], file: Path) -> None:
+    """Writes a safetensors file; system errors (a full disk), which it only quotes, are raised."""
     from safetensors import SafetensorError
+    from safetensors.numpy import save_file
 
     try:
-        yield
+        save_file(tensors, file, metadata={"format": "pt"})
     except SafetensorError as error:
         number = re.search(r"\(os error (\d+)\)", str(error))
         if number is None:
@@ -76,8 +74,6 @@ def write_weights(model: Decoder, folder: Path, *, max_shard_bytes: int) -> None
     model on one CPU device is written straight from its memory; otherwise the host holds a copy
     of one file's tensors.
     """
-    from safetensors.numpy import save_file
-
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
     params = {str(path[-1]): variable.get_value() for path, variable in flat}
     tensors = tensor_names(model.config)
@@ -102,12 +98,11 @@ def write_weights(model: Decoder, folder: Path, *, max_shard_bytes: int) -> None
         values = {}
         for tensor in group:
             name, layer, shape = tensors[tensor]
-            value = _fetch(params[name], layer, shape)
+            value = fetch_tensor(params[name], layer, shape)
             if first:
                 values[tensor] = value
         if first:
-            with _system_errors():
-                save_file(values, folder / file, metadata={"format": "pt"})
+            save_tensors(values, folder / file)
         del values  # Freed before the next file's are gathered.
         weight_map |= dict.fromkeys(group, file)
     if len(groups) > 1 and first:

@@ -26,7 +26,7 @@ import rich.console
 import rich.table
 
 import ranktuner_jax
-from ranktuner_jax import data, files, models
+from ranktuner_jax import data, models
 from ranktuner_jax.diagnostics import audit_methods
 from ranktuner_jax.diagnostics.audit import Audit
 from ranktuner_jax.diagnostics.report import audited, write_audit_report, write_moved_report
@@ -35,7 +35,7 @@ from ranktuner_jax.evals.processes import on_first_process
 from ranktuner_jax.train.commands import flags
 from ranktuner_jax.train.commands.progress import token_progress
 from ranktuner_jax.train.config import TrainConfig, to_dict
-from ranktuner_jax.train.run import Run
+from ranktuner_jax.train.run import Run, with_adapter
 from ranktuner_jax.train.runtime import distributed
 from ranktuner_jax.train.runtime.compilation import keep_compiled
 from ranktuner_jax.train.runtime.preemption import PREEMPTED, StopNotice, Stopped
@@ -49,6 +49,7 @@ LEFT_OUT = ("truncated", "dropped", "skipped")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `ranktuner audit`."""
     flags.add_config(parser, default="own_data", groups=("model", "data", "loss", "eval", "mesh"))
+    flags.add_adapter(parser)
     parser.add_argument("--output", required=True, help="folder for the result")
     parser.add_argument("--split", help="split to audit; default: data.split, the training split")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N conversations")
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     with report_once(args), distributed.exit_without_waiting():
         if args.limit is not None and args.limit < 1:
             raise UserError(f"--limit: expected at least 1, got {args.limit}")
-        opened = Run.open(_for_audit(flags.read_config_and_connect(args)))
+        opened = Run.open(_for_audit(flags.read_config_and_connect(args), args.adapter))
         if args.against is not None:  # Refused now, not after the work.
             on_first_process(lambda: audited.open_audit(args.against).rows)
         keep_compiled()
@@ -96,8 +97,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _for_audit(config: TrainConfig) -> TrainConfig:
-    """The config without what is for training alone."""
+def _for_audit(config: TrainConfig, adapter: str | None) -> TrainConfig:
+    """The config without what is for training alone, and with these adapters."""
+    config = with_adapter(config, adapter or config.lora.adapter)
     return dataclasses.replace(config, train=dataclasses.replace(config.train, remat="none"))
 
 
@@ -127,6 +129,7 @@ def open_audit(
     rows = data.load_rows(unpacked, opened.tokenizer, split=split, limit=limit)
     sources = [source for source, _ in config.data.mixture] or [config.data.source]
     everything = to_dict(config)
+    read = ("model", "data", "loss", *(["lora"] if config.lora.is_on else []))
     return Audit(
         rows,
         opened.tokenizer,
@@ -134,13 +137,13 @@ def open_audit(
         decoder=models.read_config(opened.folder),
         methods=audit_methods(opened.weighting),
         about={
-            "model": config.model,
+            "model": config.model + f" with {config.lora.adapter}" * bool(config.lora.adapter),
             "source": ", ".join(sources),
             "split": split or config.data.split,
-            "config": {name: everything[name] for name in ("model", "data", "loss")}
+            "config": {name: everything[name] for name in read}
             | {"compute_dtype": config.train.compute_dtype},
         },
-        identity={"files": files.stamp(opened.folder), "version": ranktuner_jax.__version__},
+        identity={"files": opened.model_stamp, "version": ranktuner_jax.__version__},
         batch_size=config.eval.batch_size,
         packing=config.data.packing,
         **options,

@@ -3,6 +3,7 @@
 ranktuner eval --workdir=runs/first
 ranktuner eval --model=runs/first/model --config=smollm2_chain_sum
 ranktuner eval --model=runs/mine/model --config=own_data --config.data.source=rows.jsonl
+ranktuner eval --adapter=runs/lora/model --config=smollm2_chain_sum
 ranktuner eval --model=runs/first/model --tasks=math500,gsm8k --samples=16 --temperature=1 \
   --max_new_tokens=4096 --output=evals/first
 
@@ -23,8 +24,8 @@ import jax
 from ranktuner_jax import evals
 from ranktuner_jax.errors import UserError
 from ranktuner_jax.train.commands import benchmark_flags, eval_tasks, flags
-from ranktuner_jax.train.config import MeshConfig
-from ranktuner_jax.train.run import Run
+from ranktuner_jax.train.config import MeshConfig, TrainConfig
+from ranktuner_jax.train.run import Run, with_adapter, with_trained
 from ranktuner_jax.train.runtime import distributed
 from ranktuner_jax.train.runtime.compilation import keep_compiled
 from ranktuner_jax.train.runtime.report_once import report_once
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         help="a Hugging Face folder, a hub id or a name; default: that of the run or config",
     )
+    flags.add_adapter(parser)
     flags.add_config(
         parser,
         groups=("model", "seed", "data", "eval"),
@@ -61,8 +63,7 @@ def run(args: argparse.Namespace) -> int:
         config = flags.read_config_and_connect(args)
         keep_compiled()
         config = dataclasses.replace(
-            config,
-            model=args.model or _exported(args.workdir) or config.model,
+            _chosen_model(config, args),
             mesh=MeshConfig(data=1, fsdp=-1),  # The devices of this machine.
             train=dataclasses.replace(config.train, remat="none"),
         )
@@ -80,14 +81,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _exported(workdir: str | None) -> str:
-    """The exported model of a run; "" without a workdir."""
-    if workdir is None:
-        return ""
-    folder = os.path.join(workdir, "model")
-    if not os.path.isdir(folder):
-        raise UserError(f"--workdir: expected a finished run, found no {folder}; finish it first")
-    return folder
+def _chosen_model(config: TrainConfig, args: argparse.Namespace) -> TrainConfig:
+    """The config with the model and the adapters to evaluate."""
+    if args.workdir is not None and not args.model and not args.adapter:
+        folder = os.path.join(args.workdir, "model")
+        if not os.path.isdir(folder):
+            raise UserError(
+                f"--workdir: expected a finished run, found no {folder}; finish it first"
+            )
+        return with_trained(config, folder)
+    adapter = args.adapter or config.lora.adapter
+    return with_adapter(dataclasses.replace(config, model=args.model or config.model), adapter)
 
 
 def _progress(done: int, total: int) -> None:

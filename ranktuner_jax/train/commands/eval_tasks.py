@@ -15,7 +15,7 @@ import rich.progress
 import rich.table
 
 from ranktuner_jax import data, evals
-from ranktuner_jax.data.load import conversations
+from ranktuner_jax.data.encode import conversations
 from ranktuner_jax.errors import UserError
 from ranktuner_jax.evals import benchmarks, engines
 from ranktuner_jax.train.commands import benchmark_flags
@@ -92,7 +92,7 @@ def _engine(args: argparse.Namespace, config: TrainConfig) -> engines.Engine:
     return engines.LocalEngine(
         opened.model,
         opened.tokenizer,
-        name=str(opened.folder),
+        name=opened.model_name,
         enable_thinking=config.data.enable_thinking,
         cache_gb=args.cache_gb,
     )

@@ -2,6 +2,7 @@
 
 ranktuner export --workdir=runs/first --output=exported
 ranktuner export --workdir=runs/first --step=50 --output=exported-50
+ranktuner export --workdir=runs/lora --merge --output=merged
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", required=True, help="folder of the run")
     parser.add_argument("--output", required=True, help="folder to write; must not exist yet")
     parser.add_argument("--step", type=int, help="step of the checkpoint [the newest intact one]")
+    parser.add_argument(
+        "--merge", action="store_true", help="write the whole model, with its adapters added to it"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Exports the checkpoint."""
     _return_freed_memory()
-    step = export(args.workdir, args.output, args.step)
+    step = export(args.workdir, args.output, args.step, merge=args.merge)
     print(f"exported step {step} of {args.workdir} to {args.output}")
     return 0
 

@@ -10,7 +10,12 @@ from ranktuner_jax.train.config import TrainConfig, config_names, describe, load
 from ranktuner_jax.train.config import read_config as read_workdir
 from ranktuner_jax.train.runtime import distributed
 
-__all__ = ["add_config", "read_config", "read_config_and_connect"]
+__all__ = ["add_adapter", "add_config", "read_config", "read_config_and_connect"]
+
+
+def add_adapter(parser: argparse.ArgumentParser) -> None:
+    """Adds `--adapter`, a shorter name for a config's `lora.adapter`."""
+    parser.add_argument("--adapter", metavar="FOLDER", help="PEFT's folder of the model's adapters")
 
 
 def add_config(

@@ -22,7 +22,6 @@ import rich.console
 import rich.markup
 import rich.table
 
-from ranktuner_jax import files
 from ranktuner_jax.diagnostics import TokenScorer, audit_methods, noise
 from ranktuner_jax.errors import UserError
 from ranktuner_jax.evals.sampler import divisible
@@ -97,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         first = jax.process_index() == 0
         settings = {
             "model": config.model,
-            "model_files": files.stamp(opened.folder),
+            "model_files": opened.model_stamp,
             "dtype": config.train.compute_dtype,
             "data": dataclasses.asdict(config.data),
             "limit": args.limit,

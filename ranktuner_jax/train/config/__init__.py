@@ -2,6 +2,7 @@
 
 from ranktuner_jax.train.config.files import config_names
 from ranktuner_jax.train.config.load import load_config, read_config
+from ranktuner_jax.train.config.lora import LoraConfig
 from ranktuner_jax.train.config.schema import (
     CheckpointConfig,
     HooksConfig,
@@ -17,6 +18,7 @@ from ranktuner_jax.train.config.show import describe, differences, to_dict
 __all__ = [
     "CheckpointConfig",
     "HooksConfig",
+    "LoraConfig",
     "LossConfig",
     "MeshConfig",
     "OptimizerConfig",

@@ -11,6 +11,7 @@ from ranktuner_jax.data import HOLDOUT, DataConfig
 from ranktuner_jax.errors import UserError
 from ranktuner_jax.evals import EvalConfig
 from ranktuner_jax.train.config.checks import at_least, one_of, suggestion
+from ranktuner_jax.train.config.lora import LoraConfig
 from ranktuner_jax.train.step.optimizers import OPTIMIZERS, make_optimizer
 from ranktuner_jax.train.step.schedules import SCHEDULES
 
@@ -297,13 +298,14 @@ class TrainConfig:
 
     Attributes:
       model: The model to fine-tune: a Hugging Face folder, a hub id, or "smollm2-135m".
-      seed: Seed of the order of the data.
+      seed: Seed of the order of the data, and of new adapters.
       code: The source of the user's config file, if any; not a config key.
     """
 
     model: str = "smollm2-135m"
     seed: int = 0
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     train: StepConfig = dataclasses.field(default_factory=StepConfig)

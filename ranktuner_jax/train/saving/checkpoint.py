@@ -66,6 +66,8 @@ class Checkpoints:
       read_only: Whether to leave the folder unchanged, since a running job may be using it.
       write_gigabytes: How much data to compress and write concurrently (at least the largest
         shard); Orbax would otherwise hold all of the state.
+      base: The parameters that are not trained, which are not saved: a checkpoint has a checksum
+        of them, and is refused where they are others. None if they are not at hand.
     """
 
     def __init__(
@@ -76,9 +78,12 @@ class Checkpoints:
         params: Any,
         read_only: bool = False,
         write_gigabytes: float = _WRITE_GIGABYTES,
+        base: Any = None,
     ) -> None:
         self.folder = _absolute(epath.Path(workdir)) / "checkpoints"
-        self._run = {"config": run, "versions": _versions()}
+        self._run: dict[str, Any] = {"config": run, "versions": _versions()}
+        if jax.tree.leaves(base):
+            self._run["base"] = json_checksum(checksums(base), {})
         # Orbax refuses an array that is larger than the limit.
         largest = max(map(_shard_bytes, jax.tree.leaves(params)))
         gigabytes = max(write_gigabytes, 1.01e-9 * largest)
@@ -269,6 +274,13 @@ class Checkpoints:
             raise UserError(
                 f"--workdir: {self.path(step)} is the checkpoint of a run with another "
                 f"config ({'; '.join(found)}); use another folder, or the same config"
+            )
+        base = run.get("base")
+        if base is not None and self._run.get("base", base) != base:
+            raise UserError(
+                f"--workdir: the adapters in {self.path(step)} were trained on another base model "
+                "than the one that config.model names now; give back that model, or use another "
+                "folder"
             )
         wanted = {name: shape for part in parts for name, shape in _shapes(part).items()}
         # Orbax does not report missing or extra arrays.

@@ -67,7 +67,9 @@ def _save(
             np.savez(file, **vars(batch))
             files.write_whole(folder / "batch.npz", file.getvalue())
     with contextlib.closing(
-        Checkpoints(folder, CheckpointConfig(asynchronous=False), run, state.params)
+        Checkpoints(
+            folder, CheckpointConfig(asynchronous=False), run, state.params, base=state.base
+        )
     ) as checkpoints:
         checkpoints.save(step - 1, state, {})
 
@@ -90,7 +92,7 @@ def load_step(
     if not (folder / "batch.npz").exists():
         raise UserError(f"expected a saved non-finite step in {folder}, found none")
     with contextlib.closing(
-        Checkpoints(folder, CheckpointConfig(), run, state.params, read_only=True)
+        Checkpoints(folder, CheckpointConfig(), run, state.params, read_only=True, base=state.base)
     ) as checkpoints:
         state = checkpoints.restore(state).state
     with np.load(io.BytesIO((folder / "batch.npz").read_bytes())) as kept:

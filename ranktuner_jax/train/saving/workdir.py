@@ -22,7 +22,7 @@ __all__ = ["claim_workdir", "config_differences"]
 # results: they may change when an interrupted run is resumed.
 _MAY_CHANGE = (
     *("mesh.", "checkpoint.", "telemetry.", "train.log_every:", "train.profile_steps:"),
-    *("train.on_nonfinite:", "train.nonfinite_limit:"),
+    *("train.on_nonfinite:", "train.nonfinite_limit:", "data.cache:"),
 )
 
 

@@ -24,8 +24,7 @@ import optax
 import optax.contrib
 
 from ranktuner_jax.errors import UserError
-from ranktuner_jax.models.hf.names import OUTPUTS
-from ranktuner_jax.models.partition import PARAM_AXES
+from ranktuner_jax.models.partition import ADAPTER_AXES, OUTPUTS, PARAM_AXES
 from ranktuner_jax.train.config.checks import suggestion
 from ranktuner_jax.train.step.schedules import make_schedule
 
@@ -184,7 +183,7 @@ def _map_names(function: Callable[[str], Any]) -> Callable[[Any], Any]:
 
 def _matrix_axes(name: str) -> optax.contrib.MuonDimensionNumbers | None:
     """The input and output axes of a layer's matrix; None for all other parameters."""
-    axes = PARAM_AXES.get(name, ())
+    axes = (PARAM_AXES | ADAPTER_AXES).get(name, ())
     if "layers" not in axes or name not in OUTPUTS:
         return None
     first_input = 1 + OUTPUTS[name]  # After the layer axis and the output axes.

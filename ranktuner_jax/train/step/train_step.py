@@ -93,7 +93,11 @@ def make_train_step(
             return gradients(state, first)
 
         def add(sums: Any, micro: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, sums, gradients(state, micro)), None
+            # Otherwise XLA:TPU moves the sum over devices out of the loop, which then carries whole
+            # gradients instead of each device's share.
+            new = jax.lax.optimization_barrier(gradients(state, micro))
+            sums = jax.tree.map(jnp.add, sums, new)
+            return jax.lax.with_sharding_constraint(sums, models.param_shardings(sums, mesh)), None
 
         # In float32 at least: sums of many micro-batches accumulate rounding errors.
         zeros = jax.tree.map(
@@ -122,9 +126,9 @@ def make_train_step(
             finite & jnp.logical_not(hold),
             lambda state, grads: state.apply_gradients(grads=grads),
             lambda state, _: state,
-            state,
+            state.replace(base=None),  # It never changes, and needs no branch.
             scaled,
-        )
+        ).replace(base=state.base)
         real = batch.segment_ids > 0
         metrics = losses.summarize(output) | {
             "loss": loss,
@@ -138,9 +142,13 @@ def make_train_step(
             metrics["learning_rate"] = schedule(state.step)
         return new_state, metrics
 
+    # XLA:TPU would otherwise compute products with gathered parameters part by part, and write and
+    # read their float32 sum once a part: half of the time of a 7B model's step.
+    options = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 10**6}
     return jax.jit(
         train_step,
         donate_argnums=0,
+        compiler_options=options if mesh.devices.flat[0].platform == "tpu" else None,
         out_shardings=(models.param_shardings(state, mesh), NamedSharding(mesh, PartitionSpec())),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 from typing import TYPE_CHECKING
@@ -57,19 +58,25 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def step_flops(
-    config: models.DecoderConfig, tokens: float, supervised: float, seen: float
+    config: models.DecoderConfig,
+    tokens: float,
+    supervised: float,
+    seen: float,
+    lora: models.Lora | None = None,
 ) -> float:
     """Model FLOPs of the matrix products of a step, forward and backward.
 
     6 per token and parameter of the layers, 6 per supervised token and entry of the unembedding,
     and 12·heads·head_dim per layer and pair of tokens of which one attends to the other (ignoring
-    sliding windows). Padding, recomputation and masked attention are not counted.
+    sliding windows). Padding, recomputation and masked attention are not counted. What adapters
+    keep frozen has no gradient: 4 instead of 6 for it, and 6 for the adapters.
 
     Args:
       config: The model.
       tokens: Number of tokens that are not padding.
       supervised: Number of tokens with a loss.
       seen: Number of tokens that each token attends to, itself included, summed over all tokens.
+      lora: The adapters, if they alone are trained.
 
     Example:
       >>> tiny = models.DecoderConfig(vocab_size=10, hidden_size=2, intermediate_size=3,
@@ -82,9 +89,12 @@ def step_flops(
     width, heads = config.hidden_size, config.num_heads * config.head_dim
     kv_heads = config.num_kv_heads * config.head_dim
     layer = 2 * width * (heads + kv_heads) + 3 * width * config.intermediate_size
+    passes, adapters = 6, 0
+    if lora is not None:
+        passes, adapters = 4, sum(map(math.prod, models.adapter_shapes(config, lora).values()))
     return (
-        6 * config.num_layers * layer * tokens
-        + 6 * width * config.vocab_size * supervised
+        (passes * config.num_layers * layer + 6 * adapters) * tokens
+        + passes * width * config.vocab_size * supervised
         + 12 * config.num_layers * heads * seen
     )
 
@@ -95,10 +105,16 @@ class Utilisation:
     Args:
       config: The model.
       devices: All devices of the run.
+      lora: The adapters, if they alone are trained.
     """
 
-    def __init__(self, config: models.DecoderConfig, devices: Sequence[jax.Device]) -> None:
-        self._config, self._count = config, len(devices)
+    def __init__(
+        self,
+        config: models.DecoderConfig,
+        devices: Sequence[jax.Device],
+        lora: models.Lora | None = None,
+    ) -> None:
+        self._config, self._count, self._lora = config, len(devices), lora
         self._peak = peak_flops(devices[0].device_kind)
 
     def metrics(
@@ -111,7 +127,8 @@ class Utilisation:
           `memory/host_peak_gb` (of this process, since its start) and, if the backend reports it,
           `memory/device_peak_gb` (the fullest device of this process).
         """
-        rate = step_flops(self._config, tokens, supervised, seen) / seconds / self._count
+        flops = step_flops(self._config, tokens, supervised, seen, self._lora)
+        rate = flops / seconds / self._count
         values = {"tflops_per_device": rate / 1e12, "memory/host_peak_gb": _host_peak() / 1e9}
         if self._peak is not None:
             values["mfu"] = rate / self._peak

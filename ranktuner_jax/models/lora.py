@@ -1,0 +1,202 @@
+"""LoRA: a frozen decoder, with a trained change of low rank beside each of its projections."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ranktuner_jax.errors import UserError
+from ranktuner_jax.models import partition
+from ranktuner_jax.models.config import DecoderConfig
+from ranktuner_jax.models.families import FAMILIES
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
+
+    from ranktuner_jax.models.decoder import Decoder
+
+__all__ = ["Frozen", "Lora", "adapter_shapes", "add_adapters", "merge_adapters", "set_adapters"]
+
+
+class Frozen(nnx.Variable):
+    """A parameter that is not trained: not an `nnx.Param`, so that no filter for those finds it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """Which projections have adapters, and of what size.
+
+    A projection with an adapter computes `W x + scale * B (A x)`. Following PEFT, A starts
+    uniform within ±1/√inputs and B at zero, so that training starts at the frozen model.
+
+    Attributes:
+      rank: Rows of A and columns of B.
+      alpha: `scale` is `alpha / rank`.
+      rslora: Whether it is `alpha / sqrt(rank)` instead (rank-stabilised LoRA).
+      targets: Names of projections: q, k, v, o, gate, up, down, or those of Hugging Face's
+        modules, such as q_proj.
+
+    Raises:
+      UserError: If the rank or alpha is not positive, or there is no such projection.
+
+    Example:
+      >>> Lora(rank=16, alpha=32.0, targets=("v_proj", "q")).targets
+      ('q', 'v')
+      >>> Lora(rank=16, alpha=32.0, rslora=True).scale
+      8.0
+    """
+
+    rank: int
+    alpha: float
+    rslora: bool = False
+    targets: tuple[str, ...] = partition.PROJECTIONS
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "alpha"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"lora.{name}: expected more than 0, got {getattr(self, name)}")
+        ours = {
+            name: own
+            for own in partition.PROJECTIONS
+            for name in (own, *(family.tensors[own].split(".")[-2] for family in FAMILIES.values()))
+        }
+        if unknown := [name for name in self.targets if name not in ours]:
+            raise UserError(
+                f"lora.targets: expected all, or names among {', '.join(partition.PROJECTIONS)}, "
+                f"got {', '.join(map(repr, unknown))}"
+            )
+        named = {ours[name] for name in self.targets}
+        if not named:
+            raise UserError("lora.targets: expected at least one projection, got none")
+        in_order = tuple(name for name in partition.PROJECTIONS if name in named)
+        object.__setattr__(self, "targets", in_order)
+
+    @property
+    def scale(self) -> float:
+        """What the product of the factors is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+def adapter_shapes(config: DecoderConfig, lora: Lora) -> dict[str, tuple[int, ...]]:
+    """The shape of each factor, A `[L, rank, *inputs]` and B `[L, *outputs, rank]`.
+
+    Example:
+      >>> adapter_shapes(DecoderConfig(), Lora(rank=4, alpha=8.0, targets=("q",)))
+      {'q_lora_a': (30, 4, 576), 'q_lora_b': (30, 9, 64, 4)}
+    """
+    axes = partition.param_axes(config)
+    return {
+        name: tuple(
+            {**axes[target], "rank": lora.rank}[axis] for axis in partition.ADAPTER_AXES[name]
+        )
+        for target in lora.targets
+        for name in (f"{target}_lora_a", f"{target}_lora_b")
+    }
+
+
+def add_adapters(
+    model: Decoder, lora: Lora, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32
+) -> None:
+    """Freezes a decoder in place and adds new adapters, which alone are trained.
+
+    Args:
+      model: The decoder; its parameters become `Frozen`.
+      lora: The adapters.
+      rngs: Source of the initial values of A.
+      dtype: Type of the adapters.
+
+    Raises:
+      ValueError: If it has adapters already.
+
+    Example:
+      >>> from ranktuner_jax import models
+      >>> model = models.Decoder(models.DecoderConfig(num_layers=1), rngs=nnx.Rngs(0))
+      >>> add_adapters(model, Lora(rank=4, alpha=8.0, targets=("q",)), rngs=nnx.Rngs(1))
+      >>> sorted(nnx.state(model, nnx.Param)["layers"])
+      ['q_lora_a', 'q_lora_b']
+    """
+    shapes = adapter_shapes(model.config, lora)
+
+    def initial(key: PRNGKeyArray) -> dict[str, Float[Array, "..."]]:
+        keys = jax.random.split(key, len(shapes))
+        return {
+            name: _initial(name, shape, key, dtype)
+            for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+        }
+
+    key = rngs.params()
+    shardings = None
+    if model.mesh is not None:
+        shardings = partition.param_shardings(jax.eval_shape(initial, key), model.mesh)
+    set_adapters(model, lora, jax.jit(initial, out_shardings=shardings)(key))
+
+
+def _initial(
+    name: str, shape: tuple[int, ...], key: PRNGKeyArray, dtype: DTypeLike
+) -> Float[Array, "..."]:
+    if name.endswith("_b"):
+        return jnp.zeros(shape, dtype)
+    limit = math.prod(shape[2:]) ** -0.5
+    return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+
+def set_adapters(model: Decoder, lora: Lora, factors: Mapping[str, Array]) -> None:
+    """Like `add_adapters`, with given values, named and shaped as by `adapter_shapes`."""
+    if model.layers.lora is not None:
+        raise ValueError(f"model must not have adapters yet: got {model.layers.lora}.")
+    for module, name in _parameters(model, nnx.Param):
+        setattr(module, name, Frozen(getattr(module, name).get_value()))
+    model.layers.lora = lora
+    for name, value in factors.items():
+        setattr(model.layers, name, nnx.Param(value))
+
+
+def merge_adapters(model: Decoder) -> None:
+    """Adds each adapter's product to its matrix, in place; what remains is a plain decoder.
+
+    The sum is taken in float32 and rounded to the matrix's type.
+
+    Args:
+      model: A decoder with adapters; the matrices that have one are donated.
+
+    Raises:
+      ValueError: If it has none.
+
+    Example: see `save_adapter`.
+    """
+    layers = model.layers
+    if layers.lora is None:
+        raise ValueError("model must have adapters: got none.")
+    for name in layers.lora.targets:
+        factors = [getattr(layers, f"{name}_lora_{factor}").get_value() for factor in "ba"]
+        merged = _merged(getattr(layers, name).get_value(), *factors, scale=layers.lora.scale)
+        setattr(layers, name, Frozen(merged))
+        for factor in "ab":
+            delattr(layers, f"{name}_lora_{factor}")
+    layers.lora = None
+    for module, name in _parameters(model, Frozen):
+        setattr(module, name, nnx.Param(getattr(module, name).get_value()))
+
+
+@functools.partial(jax.jit, static_argnames="scale", donate_argnums=0)
+def _merged(kernel: Array, b: Array, a: Array, *, scale: float) -> Array:
+    # Over the rank, layer by layer: [L, *outputs, rank] and [L, rank, *inputs].
+    dims = (((b.ndim - 1,), (1,)), ((0,), (0,)))
+    b, a = b.astype(jnp.float32), a.astype(jnp.float32)
+    change = jax.lax.dot_general(b, a, dims, precision=jax.lax.Precision.HIGHEST)
+    return (kernel.astype(jnp.float32) + scale * change).astype(kernel.dtype)
+
+
+def _parameters(model: Decoder, kind: type[nnx.Variable]) -> Iterator[tuple[nnx.Module, str]]:
+    """Each module and the name of each of its variables of a kind."""
+    for module in (model, model.layers):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, kind):
+                yield module, name

@@ -1,0 +1,64 @@
+"""The keys of a config that are about LoRA."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ranktuner_jax import models
+from ranktuner_jax.errors import UserError
+from ranktuner_jax.models.partition import PROJECTIONS
+from ranktuner_jax.train.config.checks import at_least, one_of
+
+__all__ = ["LoraConfig"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Adapters that are trained in the place of the model, which stays as it is.
+
+    Attributes:
+      rank: Rank of the adapters, such as 16; 0 trains the whole model.
+      alpha: The adapters' outputs are multiplied by alpha / rank.
+      rslora: Whether they are multiplied by alpha / sqrt(rank) instead.
+      targets: The projections with adapters: "all", or names with commas between them, of q, k, v,
+        o, gate, up and down, or of Hugging Face's modules (q_proj and so on).
+      base: Type of the frozen parameters, "float32" or "bfloat16"; "" is train.param_dtype, which
+        the adapters always have.
+      adapter: A folder of PEFT with the adapters to begin with, which decides rank, alpha, rslora
+        and targets; empty for new adapters.
+    """
+
+    rank: int = 0
+    alpha: float = 32.0
+    rslora: bool = False
+    targets: str = "all"
+    base: str = ""
+    adapter: str = ""
+
+    def __post_init__(self) -> None:
+        at_least("lora.rank", self.rank, 0)
+        one_of("lora.base", self.base, ("", "float32", "bfloat16"))
+        if self.rank and self.adapter:
+            raise UserError(
+                "lora.rank: expected 0 with lora.adapter, whose folder decides the rank, got "
+                f"{self.rank}"
+            )
+        if self.base and not self.is_on:
+            raise UserError(
+                f"lora.base: expected a frozen model, got {self.base} with lora.rank=0; set "
+                "lora.rank, or train.param_dtype"
+            )
+        _ = self.new_adapters  # Checks the targets.
+
+    @property
+    def is_on(self) -> bool:
+        """Whether adapters are trained, and not the whole model."""
+        return bool(self.rank or self.adapter)
+
+    @property
+    def new_adapters(self) -> models.Lora | None:
+        """The adapters to begin with, if they are new."""
+        if not self.rank:
+            return None
+        names = PROJECTIONS if self.targets == "all" else tuple(self.targets.split(","))
+        return models.Lora(self.rank, self.alpha, self.rslora, names)

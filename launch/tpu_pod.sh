@@ -8,6 +8,8 @@
 #
 # NAME is the name of the slice. Keep this script running (in tmux): it requests the slice again.
 # SPOT=0 requests an on-demand slice. The project is taken from gcloud's configuration.
+# Where libtpu is installed here (ranktuner-jax[train,tpu] in .venv), the run is planned first, and
+# not started if it does not fit. PLAN=0 skips that.
 # The slice is deleted when the run is finished; after an error it is kept, and keeps costing money.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -61,6 +63,23 @@ on_all_workers() {
   run gcloud compute tpus tpu-vm ssh "$name" --zone="$ZONE" --worker=all --command="$1"
 }
 
+plan() {
+  local flags=() status=0
+  for flag in "$@"; do
+    [[ $flag != --config* ]] || flags+=("$flag")
+  done
+  if [[ -z ${DRY_RUN:-} ]] && ! .venv/bin/python -c 'import libtpu, ranktuner_jax.train' 2>/dev/null; then
+    echo "tpu_pod.sh: no plan: .venv lacks libtpu (ranktuner-jax[train,tpu])" >&2
+    return
+  fi
+  run .venv/bin/ranktuner plan --topology="$TYPE" "${flags[@]}" || status=$?
+  case $status in
+    0) ;;
+    3) exit 3 ;;
+    *) echo "tpu_pod.sh: no plan could be made; going on without one" >&2 ;;
+  esac
+}
+
 train() {
   run tar --create --gzip --file=/tmp/ranktuner.tar.gz \
     --exclude=.venv --exclude=.git --exclude=runs . &&
@@ -78,6 +97,7 @@ start='cd ranktuner && while pkill -x ranktuner; do sleep 5; done
 exec .venv/bin/ranktuner train --distributed'
 start+=$(printf ' %q' "$@")
 
+[[ ${PLAN:-1} == 0 ]] || plan "$@"
 if [[ -n ${DRY_RUN:-} ]]; then
   request
 fi

@@ -38,13 +38,17 @@ COMMANDS = {
         "ranktuner_jax.lab.command",
         "write a small model, its text and a task, to compare methods on in minutes",
     ),
+    "plan": (
+        "ranktuner_jax.plan.command",
+        "say whether a run fits on a TPU slice or a GPU, and how fast it is, without either",
+    ),
     "export": (
         "ranktuner_jax.train.commands.export",
         "write a run's checkpoint as a Hugging Face folder",
     ),
     "data prepare": (
         "ranktuner_jax.train.commands.data_prepare",
-        "convert a data set to TFDS format for training",
+        "tokenize data before training, or convert them to TFDS format",
     ),
     "data inspect": (
         "ranktuner_jax.train.commands.data_inspect",
@@ -70,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
       The exit code: 0 finished, 2 user error, 1 a run that cannot continue (both are reported in
-      one line on standard error), 75 preempted and saved. Any other exception is raised.
+      one line on standard error), 3 a plan that does not fit, 75 preempted and saved. Any other
+      exception is raised.
 
     Example:
       >>> main(["--help"])

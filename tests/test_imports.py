@@ -15,6 +15,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "files": set(),
     "losses": {"errors"},
+    "adapters": {"losses"},
     "models": {"errors", "files"},
     "data": {"errors", "files"},
     "evals": {"errors", "files", "losses", "models", "data"},
@@ -22,10 +23,11 @@ ALLOWED: dict[str, set[str]] = {
     "train": {"errors", "files", "losses", "models", "data", "evals", "diagnostics"},
     "lab": {"errors", "files", "models", "data", "evals"},
     "compare": {"errors", "files", "losses", "models", "data", "evals", "diagnostics", "train"},
+    "plan": {"errors", "files", "models", "data", "train"},
     "bench": {"errors", "losses", "models", "data", "evals", "diagnostics", "train"},
     "cli": {
         *("errors", "losses", "models", "data", "evals", "diagnostics", "train", "bench"),
-        *("lab", "compare"),
+        *("lab", "compare", "plan"),
     },
     "configs": set(),
 }

@@ -119,6 +119,8 @@ def _loop(plan: Plan, gradients: bool, compaction: Compaction, inputs: LossInput
         trips = -(-left // size) if last else left // size
         scratch = zeros(projection.num_tiles, size, projection.tile, axes=matrix_axes)
         body = functools.partial(step, size, done)
-        state, _ = lax.fori_loop(jnp.int32(0), trips, body, (state, scratch))
+        # The name tells those who read the compiled program how much one iteration does.
+        with jax.named_scope(f"chunks_of_{size}"):
+            state, _ = lax.fori_loop(jnp.int32(0), trips, body, (state, scratch))
         done += trips * size
     return state

@@ -107,6 +107,7 @@ def test_a_dry_run_of_a_pod_prints_every_command(
     )
     assert ran.returncode == 0, ran.stderr
     starts = (
+        ".venv/bin/ranktuner plan --topology=v5litepod-16 ",
         "gcloud compute tpus queued-resources create x --node-id=x --zone=us-west4-a",
         "tar --create",
         "gcloud compute tpus tpu-vm scp",
@@ -117,9 +118,9 @@ def test_a_dry_run_of_a_pod_prints_every_command(
     lines = ran.stdout.splitlines()
     assert len(lines) == len(starts)
     assert all(line.startswith(start) for line, start in zip(lines, starts, strict=True)), lines
-    assert "--spot" in lines[0]
+    assert "--spot" in lines[1]
     # Quoted twice: for the shell of a worker, and for the one this is pasted into.
-    assert r"ranktuner train --distributed --workdir=gs://b/x --a=b\\ c" in lines[4]
+    assert r"ranktuner train --distributed --workdir=gs://b/x --a=b\\ c" in lines[5]
     assert not (tmp_path / "calls").exists()
 
 
@@ -211,6 +212,74 @@ def test_a_pod_is_created_again_until_the_run_is_finished(
         assert "--spot" not in line
     assert did == wanted
     assert ("to delete it:" in ran.stderr) == bool(code)
+
+
+def install_planner(repository: pathlib.Path, code: int) -> None:
+    """A .venv whose `ranktuner plan` ends with this code."""
+    folder = repository / ".venv" / "bin"
+    folder.mkdir(parents=True)
+    for name, body in (
+        ("python", "exit 0"),
+        ("ranktuner", f'echo "$*" >> "$PLANNED"\nexit {code}'),
+    ):
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (folder / name).chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("planned", "skipped", "code", "requested"),
+    [(0, "", 0, True), (3, "", 3, False), (2, "", 0, True), (3, "0", 0, True)],
+)
+def test_a_slice_is_not_requested_for_a_run_that_cannot_fit(
+    planned: int,
+    skipped: str,
+    code: int,
+    requested: bool,
+    repository: pathlib.Path,
+    fake: Fake,
+    tmp_path: pathlib.Path,
+) -> None:
+    install_planner(repository, planned)
+    fake("gcloud", CLOUD)
+    fake("sleep", "")
+    (tmp_path / "story").write_text("ABSENT\nACTIVE\n0\n")
+    ran = launch(
+        repository / "launch" / "tpu_pod.sh",
+        *("x", "--workdir=gs://b/x", "--config=my.py", "--config.seed=1"),
+        env={
+            **POD,
+            "STORY": str(tmp_path / "story"),
+            "PLANNED": str(tmp_path / "planned"),
+            **({"PLAN": skipped} if skipped else {}),
+        },
+    )
+    assert ran.returncode == code, ran.stderr
+    made = (tmp_path / "calls").is_file() and "queued-resources create" in "".join(calls(tmp_path))
+    assert made == requested
+    wanted = "plan --topology=v5litepod-16 --config=my.py --config.seed=1\n"
+    assert (tmp_path / "planned").exists() == (not skipped)
+    assert skipped or (tmp_path / "planned").read_text() == wanted
+    assert ("no plan could be made" in ran.stderr) == (planned == 2)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "planned", "code"),
+    [("NVIDIA H100 80GB HBM3", 3, 3), ("NVIDIA H100 80GB HBM3", 0, 0), ("NVIDIA L4", 3, 0)],
+)
+def test_slurm_does_not_start_what_cannot_fit_on_a_gpu_that_is_known(
+    gpu: str, planned: int, code: int, repository: pathlib.Path, fake: Fake, tmp_path: pathlib.Path
+) -> None:
+    install_planner(repository, planned)
+    fake("nvidia-smi", f'echo "{gpu}"')
+    fake("srun", "exit 0")
+    env = {"SLURM_NTASKS": "8", "PLANNED": str(tmp_path / "planned")}
+    ran = launch(repository / "launch" / "slurm.sbatch", "--workdir=x", "--config=my.py", env=env)
+    assert ran.returncode == code, ran.stderr
+    assert any(call.startswith("srun") for call in calls(tmp_path)) == (code == 0)
+    if "H100" in gpu:
+        assert (tmp_path / "planned").read_text() == "plan --topology=h100:8 --config=my.py\n"
+    else:
+        assert "no plan: it is made for" in ran.stderr
 
 
 def test_a_dry_run_of_slurm_prints_its_commands(repository: pathlib.Path) -> None:

@@ -1,0 +1,184 @@
+"""The step that training would run, compiled for devices that need not be there, without arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ranktuner_jax import models
+from ranktuner_jax.data import Batch
+from ranktuner_jax.errors import UserError
+from ranktuner_jax.plan.hlo import Program
+from ranktuner_jax.train.config import TrainConfig
+from ranktuner_jax.train.runtime.mesh import BATCH_AXES, check_batch, make_mesh
+from ranktuner_jax.train.step.optimizers import make_optimizer
+from ranktuner_jax.train.step.schedules import make_schedule
+from ranktuner_jax.train.step.state import TrainState, abstract_state
+from ranktuner_jax.train.step.train_step import make_train_step
+
+__all__ = ["CompiledStep", "Sizes", "compile_step", "read_model"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The sizes of a step.
+
+    Attributes:
+      rows: Rows per step, of all devices.
+      accumulation: Micro-batches.
+      length: Tokens of a row.
+      shares: Devices, or groups of them, that have rows of their own.
+    """
+
+    rows: int
+    accumulation: int
+    length: int
+    shares: int
+
+    @property
+    def micro_tokens(self) -> int:
+        """Positions of one device in a micro-batch."""
+        return self.rows // self.accumulation // self.shares * self.length
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledStep:
+    """A compiled step.
+
+    Attributes:
+      model: The decoder.
+      lora: Its adapters, if these are trained.
+      mesh: Its devices.
+      sizes: Its batch.
+      state: The train state: shapes and shardings.
+      text: The optimized program.
+      memory: XLA's account of its memory, on each device.
+      seconds: How long tracing and compilation took.
+    """
+
+    model: models.DecoderConfig
+    lora: models.Lora | None
+    mesh: Mesh
+    sizes: Sizes
+    state: TrainState
+    text: str
+    memory: Any
+    seconds: float
+
+    def program(self) -> Program:
+        """The program, in which every position is supervised."""
+        # The loss runs over as many chunks as supervised tokens fill, and then over the rest.
+        chunks = [int(n) for n in set(re.findall(r"chunks_of_(\d+)", self.text))]
+        left = self.sizes.micro_tokens
+        trips = {}
+        for size in sorted(chunks, reverse=True):
+            trips[size] = left // size if size > min(chunks) else math.ceil(left / size)
+            left -= trips[size] * size
+
+        def dynamic(path: str) -> float:
+            match = re.search(r"chunks_of_(\d+)", path)
+            return trips[int(match[1])] if match else 1.0
+
+        return Program(self.text, dynamic)
+
+
+def read_model(config: TrainConfig) -> models.DecoderConfig:
+    """The shape of a config's model; its config.json is enough.
+
+    Raises:
+      UserError: If there is no such model, or the hub does not give its config.
+    """
+    return models.read_config(models.resolve(config.model, weights=False))
+
+
+def compile_step(
+    config: TrainConfig, model: models.DecoderConfig, devices: Sequence[jax.Device]
+) -> CompiledStep:
+    """Compiles the step of a config.
+
+    Args:
+      config: The config.
+      model: The shape of its model.
+      devices: What to compile for.
+
+    Raises:
+      UserError: If the mesh or the batch does not fit the devices, or XLA finds that the step needs
+        more memory than they have.
+    """
+    start = time.perf_counter()
+    train, loss = config.train, config.loss
+    mesh = make_mesh(config.mesh, devices)
+    check_batch(mesh, train.batch_size, train.accumulation)
+    model = dataclasses.replace(model, vocab_multiple=max(1, mesh.shape["tensor"]))
+    abstract = nnx.eval_shape(lambda: _decoder(config, model, mesh))
+    steps = train.steps
+    state = abstract_state(abstract, make_optimizer(config.optimizer, steps), mesh)
+    shares = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    sizes = Sizes(train.batch_size, train.accumulation, config.data.row_length, shares)
+    step = make_train_step(
+        state,
+        mesh,
+        weighting=loss.make_weighting(),
+        normalize=loss.normalize,
+        ramp_steps=loss.ramp_steps,
+        chunk_size=loss.chunk_size or None,
+        clip_norm=config.optimizer.clip_norm,
+        schedule=make_schedule(config.optimizer, steps),
+    )
+    hold = jax.ShapeDtypeStruct((), jnp.bool_, sharding=NamedSharding(mesh, PartitionSpec()))
+    try:
+        compiled = step.lower(state, _batch(mesh, sizes), hold).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(f"the step does not fit: {str(error).splitlines()[0]}") from None
+    memory = compiled.memory_analysis()
+    text = compiled.as_text() or ""
+    seconds = time.perf_counter() - start
+    lora = config.lora.new_adapters
+    return CompiledStep(model, lora, mesh, sizes, state, text, memory, seconds)
+
+
+def _decoder(config: TrainConfig, shape: models.DecoderConfig, mesh: Mesh) -> models.Decoder:
+    """The model of a run, with new adapters if it trains those."""
+    train, lora = config.train, config.lora
+    if lora.adapter:
+        raise UserError(
+            f"lora.adapter: expected new adapters for a plan, got {lora.adapter}; set lora.rank to "
+            "the rank that its adapter_config.json has"
+        )
+    model = models.Decoder(
+        shape,
+        rngs=nnx.Rngs(0),
+        param_dtype=jnp.dtype(lora.base or train.param_dtype),
+        dtype=jnp.dtype(train.compute_dtype),
+        remat=train.remat,
+        mesh=mesh,
+    )
+    if lora.new_adapters is not None:
+        dtype = jnp.dtype(train.param_dtype)
+        models.add_adapters(model, lora.new_adapters, rngs=nnx.Rngs(0), dtype=dtype)
+    return model
+
+
+def _batch(mesh: Mesh, sizes: Sizes) -> Batch[Any]:
+    rows = (sizes.accumulation, sizes.rows // sizes.accumulation)
+    sharding = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
+    one = np.zeros((1, 1))
+    row = Batch.of({"tokens": one, "labels": one, "mask": one})
+    return jax.tree.map(
+        lambda array: jax.ShapeDtypeStruct(
+            rows if array.ndim == 1 else (*rows, sizes.length), array.dtype, sharding=sharding
+        ),
+        row,
+    )

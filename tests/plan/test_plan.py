@@ -1,0 +1,201 @@
+"""A plan says what the real step needs."""
+
+import json
+import math
+import pathlib
+import re
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from ranktuner_jax import cli, models
+from ranktuner_jax.errors import UserError
+from ranktuner_jax.plan import make_plan, topologies
+from ranktuner_jax.train import TrainConfig, Trainer, load_config, make_mesh
+
+SHAPE = ["--config.data.row_length=128", "--config.train.batch_size=16"]
+MESH = ["--config.mesh.data=1", "--config.mesh.fsdp=4", "--config.mesh.tensor=2"]
+
+
+def config_of(folder: pathlib.Path, *keys: str) -> TrainConfig:
+    return load_config("smollm2_chain_sum", [f"--config.model={folder}", *SHAPE, *keys])
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_plan_has_the_memory_of_the_step_that_training_runs(
+    folder: pathlib.Path, accumulation: int
+) -> None:
+    keys = [*MESH, f"--config.train.accumulation={accumulation}"]
+    config = config_of(folder, *keys)
+    plan = make_plan(config, "cpu:8")
+
+    mesh = make_mesh(config.mesh)
+    decoder = models.read_config(folder)
+    model = models.Decoder(
+        decoder,
+        rngs=nnx.Rngs(0),
+        dtype=config.train.compute_dtype,
+        remat=config.train.remat,
+        mesh=mesh,
+    )
+    optimizer = config.optimizer
+    tx = optax.adamw(1e-3, b1=optimizer.b1, b2=optimizer.b2)
+    trainer = Trainer(
+        model,
+        tx=tx,
+        mesh=mesh,
+        accumulation=accumulation,
+        clip_norm=1.0,
+        weighting=config.loss.make_weighting(),
+    )
+    tokens = np.ones((16, 128), np.int32)
+    trainer.step({"tokens": tokens, "labels": tokens, "mask": tokens > 0})
+    assert plan.memory_gb["total"] == pytest.approx(trainer.step_memory_gb, rel=0.02)
+
+
+def test_kinds_of_memory_are_those_of_one_device(folder: pathlib.Path) -> None:
+    plan = make_plan(config_of(folder, *MESH), "cpu:8")
+    config = models.read_config(folder)
+    layer = 64 * (4 + 2 + 2 + 4) * 16 + 3 * 64 * 192
+    matrices = config.num_layers * layer + 2 * 512 * 64
+    norms = (2 * config.num_layers + 1) * 64
+    memory = plan.memory_gb
+    assert memory["parameters"] == pytest.approx(4 * (matrices / 8 + norms) / 1e9)
+    assert memory["optimizer"] == pytest.approx(2 * memory["parameters"], rel=1e-3)
+    kinds = ("parameters", "optimizer", "gradients", "activations", "loss", "other")
+    assert memory["total"] == pytest.approx(sum(memory[kind] for kind in kinds))
+
+
+def test_flops_are_those_of_the_model_and_its_recomputation(folder: pathlib.Path) -> None:
+    whole = ["--config.mesh.data=1"]
+    kept = make_plan(config_of(folder, *whole, "--config.train.remat=none"), "cpu:1").roofline
+    full = make_plan(config_of(folder, *whole, "--config.train.remat=full"), "cpu:1").roofline
+    tokens = 16 * 128
+    layers = 3 * (64 * (4 + 2 + 2 + 4) * 16 + 3 * 64 * 192)
+    # Without a kernel all pairs of tokens are multiplied, also those that the mask excludes.
+    attention = 3 * 2 * 16 * 128**2 * 4 * 16
+    assert kept.flops == pytest.approx(6 * tokens * (layers + 512 * 64) + 6 * attention, rel=0.01)
+    # Recomputed are all products of a layer but the last.
+    again = 2 * tokens * (layers - 3 * 64 * 192) + 2 * attention
+    assert full.flops - kept.flops == pytest.approx(again, rel=0.05)
+    assert full.model_flops == kept.model_flops < kept.flops
+
+
+def test_fsdp_gathers_each_parameter_twice_and_reduces_each_gradient_once(
+    folder: pathlib.Path,
+) -> None:
+    keys = ["--config.mesh.data=1", "--config.mesh.fsdp=8", "--config.train.compute_dtype=float32"]
+    plan = make_plan(config_of(folder, *keys), "cpu:8")
+    parameters = 3 * (64 * (4 + 2 + 2 + 4) * 16 + 3 * 64 * 192) + 2 * 512 * 64
+    whole = 4 * parameters * 7 / 8
+    sent = {one.kind: one.num_bytes for one in plan.collectives if one.axes == ("fsdp",)}
+    assert sent["all-gather"] == pytest.approx(2 * whole, rel=0.25)
+    # XLA:CPU reduces whole gradients, and scatters none.
+    assert sent["all-reduce"] == pytest.approx(2 * whole, rel=0.25)
+
+
+def test_the_plain_loss_needs_as_much(folder: pathlib.Path) -> None:
+    ours = make_plan(config_of(folder, *MESH), "cpu:8")
+    plain = make_plan(config_of(folder, *MESH, "--config.loss.weighting=sft"), "cpu:8")
+    assert ours.memory_gb["total"] <= 1.02 * plain.memory_gb["total"]
+    assert ours.roofline.flops == plain.roofline.flops
+    assert sum(one.num_bytes for one in ours.collectives) == pytest.approx(
+        sum(one.num_bytes for one in plain.collectives), rel=1e-3
+    )
+
+
+def test_no_array_has_all_tokens_and_the_whole_vocabulary(folder: pathlib.Path) -> None:
+    keys = ["--config.loss.chunk_size=64", "--config.mesh.data=1", "--config.data.row_length=64"]
+    plan = make_plan(config_of(folder, *keys), "cpu:1")
+    largest = max(
+        math.prod(map(int, re.findall(r"\d+", a.type.partition("[")[2]))) for a in plan.arrays
+    )
+    assert largest < 16 * 64 * 512
+    assert any(array.source.startswith("models/") for array in plan.arrays)
+
+
+def test_the_command_prints_one_object(
+    folder: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = cli.main(
+        ["plan", "--topology=cpu:8", "--json", f"--config.model={folder}", *SHAPE, *MESH]
+    )
+    plan = json.loads(capsys.readouterr().out)
+    assert (code, plan["fits"]) == (0, True)
+    assert plan["step_seconds"][0] < plan["step_seconds"][1] <= 1.6 * plan["step_seconds"][0]
+    assert plan["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2}
+    assert {"total", "parameters", "loss"} <= set(plan["memory_gb"])
+    assert set(plan["collective_gb"]) >= {"all-gather", "all-reduce"}
+    assert plan["compile_seconds"] > 0
+
+
+def test_what_does_not_fit_ends_with_3_and_says_what_would_help(
+    folder: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    shape |= {"hidden_size": 16384, "intermediate_size": 65536, "num_hidden_layers": 100}
+    (folder / "config.json").write_text(json.dumps(shape), encoding="utf-8")
+    keys = ["--config.train.batch_size=8", "--config.data.row_length=8"]
+    code = cli.main(["plan", "--topology=cpu:8", f"--config.model={folder}", *keys, *MESH])
+    assert code == 3
+    assert "GB too much. Most of it are parameters" in capsys.readouterr().out
+
+
+def test_a_search_ranks_what_fits_by_time(
+    folder: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: pathlib.Path,
+) -> None:
+    monkeypatch.setenv("RANKTUNER_CACHE", str(tmp_path / "cache"))
+    command = ["plan", "--topology=cpu:8", "--search=2", "--json", f"--config.model={folder}"]
+    assert cli.main([*command, *SHAPE]) == 0
+    found = json.loads(capsys.readouterr().out)
+    times = [one["step_seconds"][0] for one in found["tried"]]
+    assert len(times) == 2
+    assert found["step_seconds"][0] == times[0] == min(times)
+    assert len(list((tmp_path / "cache" / "plans").iterdir())) == 2
+
+
+@pytest.mark.parametrize("name", ["v5e:64", "cpu", "h200", "v5e", "2*cpu:8"])
+def test_an_unknown_topology_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match="--topology: expected a TPU's version"):
+        topologies.devices(name)
+
+
+def test_a_name_of_google_cloud_is_a_version_and_a_shape() -> None:
+    for name, shape in topologies.ACCELERATORS.items():
+        version, _, sizes = shape.partition(":")
+        chips = math.prod(map(int, sizes.split("x")))
+        cores = 2 if version in ("v4", "v5p") else 1
+        assert name.endswith(f"-{chips * cores}")
+
+
+def test_more_cpu_devices_than_there_are_is_refused() -> None:
+    with pytest.raises(UserError, match="expected cpu:1 to cpu:8 here, got cpu:9"):
+        topologies.devices("cpu:9")
+
+
+def test_a_mesh_of_another_size_is_refused(folder: pathlib.Path) -> None:
+    with pytest.raises(UserError, match="mesh: expected sizes that multiply to"):
+        make_plan(config_of(folder, "--config.mesh.data=3"), "cpu:8")
+
+
+def test_nothing_is_placed_on_a_device(folder: pathlib.Path) -> None:
+    before = sum(array.nbytes for array in jax.live_arrays())
+    make_plan(config_of(folder, *MESH), "cpu:8")
+    assert sum(array.nbytes for array in jax.live_arrays()) <= before + 1024
+
+
+def test_adapters_have_gradients_and_moments_and_the_model_has_not(folder: pathlib.Path) -> None:
+    whole = make_plan(config_of(folder, *MESH), "cpu:8")
+    lora = make_plan(config_of(folder, *MESH, "--config.lora.rank=2"), "cpu:8")
+    assert lora.memory_gb["optimizer"] < whole.memory_gb["optimizer"] / 5
+    assert lora.memory_gb["parameters"] > whole.memory_gb["parameters"]
+    # The gradients of the head and of the layers' matrices are not computed.
+    matrices = 3 * (64 * (4 + 2 + 2 + 4) * 16 + 3 * 64 * 192) + 512 * 64
+    gradients = 2 * (16 * 128 // 4) * (matrices // 2)
+    assert whole.roofline.flops - lora.roofline.flops > 0.7 * gradients

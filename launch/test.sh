@@ -3,6 +3,8 @@
 #
 #   ./launch/test.sh             arguments go to pytest: ./launch/test.sh -k losses
 #   ./launch/test.sh --parity    the comparisons with PyTorch instead, in .venv-parity
+#   ./launch/test.sh --trainers  the adapters for other trainers instead: those that take seconds to
+#                                install, or -s NAME; each in an environment in .nox
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/venv.sh
@@ -11,6 +13,12 @@ if [[ ${1:-} == --parity ]]; then
   shift
   install_into_venv test,parity .venv-parity
   exec .venv-parity/bin/python -m pytest -n 2 -m parity "$@"
+fi
+if [[ ${1:-} == --trainers ]]; then
+  shift
+  [[ -x .venv-nox/bin/nox ]] || "${PYTHON:-python3}" -m venv .venv-nox
+  .venv-nox/bin/pip install --quiet "nox[uv]>=2025.5"
+  exec .venv-nox/bin/nox "$@"
 fi
 install_into_venv test
 .venv/bin/ruff format --check .

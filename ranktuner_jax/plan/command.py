@@ -31,7 +31,7 @@ from ranktuner_jax.plan import search, tables, topologies
 from ranktuner_jax.plan.chips import chip_of
 from ranktuner_jax.plan.memory import HEADROOM, available_gb
 from ranktuner_jax.plan.plan import make_plan
-from ranktuner_jax.plan.program import read_model
+from ranktuner_jax.plan.program import TooLargeError, read_model
 from ranktuner_jax.train.commands import flags
 from ranktuner_jax.train.config import TrainConfig
 
@@ -63,7 +63,13 @@ def run(args: argparse.Namespace) -> int:
         if args.search < 1:
             raise UserError(f"--search: expected at least 1, got {args.search}")
         return _search(config, args)
-    plan = make_plan(config, args.topology)
+    try:
+        plan = make_plan(config, args.topology)
+    except TooLargeError as error:
+        if args.json:
+            print(json.dumps({"fits": False, "reason": str(error)}))
+        print(f"ranktuner: {error}", file=sys.stderr)
+        return NOTHING_FITS
     if args.json:
         print(json.dumps(plan.to_json()))
     else:

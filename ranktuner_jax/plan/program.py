@@ -26,7 +26,11 @@ from ranktuner_jax.train.step.schedules import make_schedule
 from ranktuner_jax.train.step.state import TrainState, abstract_state
 from ranktuner_jax.train.step.train_step import make_train_step
 
-__all__ = ["CompiledStep", "Sizes", "compile_step", "read_model"]
+__all__ = ["CompiledStep", "Sizes", "TooLargeError", "compile_step", "read_model"]
+
+
+class TooLargeError(UserError):
+    """XLA refuses to compile a step, since it needs more memory than the device has."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +116,8 @@ def compile_step(
       devices: What to compile for.
 
     Raises:
-      UserError: If the mesh or the batch does not fit the devices, or XLA finds that the step needs
-        more memory than they have.
+      UserError: If the mesh or the batch does not suit the devices.
+      TooLargeError: If XLA finds that the step needs more memory than a device has.
     """
     start = time.perf_counter()
     train, loss = config.train, config.loss
@@ -141,7 +145,11 @@ def compile_step(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise UserError(f"the step does not fit: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        raise TooLargeError(
+            f"the step does not fit: {reason}; raise train.accumulation, set train.remat=full, or "
+            "divide further; --search tries them"
+        ) from None
     memory = compiled.memory_analysis()
     text = compiled.as_text() or ""
     seconds = time.perf_counter() - start

@@ -148,9 +148,12 @@ def _try(settings: Mapping[str, Any], config: TrainConfig, command: Sequence[str
     if done.returncode not in (0, 3):
         lines = done.stderr.strip().splitlines()
         return Tried(settings, None, lines[-1] if lines else f"exit code {done.returncode}")
+    plan = json.loads(done.stdout)
+    if "memory_gb" not in plan:
+        return Tried(settings, None, plan["reason"])
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_whole(path, done.stdout)
-    return Tried(settings, json.loads(done.stdout))
+    return Tried(settings, plan)
 
 
 def rank(tried: Sequence[Tried]) -> list[Tried]:

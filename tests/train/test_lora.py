@@ -251,6 +251,7 @@ def test_a_run_that_was_killed_resumes_to_the_same_bits(
         np.testing.assert_array_equal(factors(tmp_path)[name], value)
 
 
+@pytest.mark.drill  # The same programs and saving run in one process; whole models in two.
 def test_two_processes_train_the_same_adapters(
     finished: pathlib.Path, tiny_config_file: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

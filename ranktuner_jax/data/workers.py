@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from ranktuner_jax.errors import RunError
 
 if TYPE_CHECKING:
-    from ranktuner_jax.data.cache import Builder
+    from ranktuner_jax.data.cache_builder import Builder
 
 __all__ = ["Workers", "serve"]
 
@@ -114,13 +114,13 @@ def serve() -> None:
     # What libraries print must not get between the answers.
     answers: BinaryIO = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    from ranktuner_jax.data.cache import Builder
+    from ranktuner_jax.data.cache_builder import Builder
     from ranktuner_jax.data.chat import ChatEncoder
     from ranktuner_jax.data.encode import Split
 
     config, name, chosen, held_out, folder, rows, tokenizer = pickle.load(asked)
     split = Split(config, name, chosen)
-    split.__dict__["held_out"] = held_out  # The cached property.
+    split.held_out = held_out
     encoder = ChatEncoder(tokenizer, enable_thinking=config.enable_thinking)
     builder = Builder(split, encoder, folder, rows)
     while True:

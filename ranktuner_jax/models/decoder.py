@@ -18,7 +18,7 @@ from ranktuner_jax.models import attention, partition, rope
 from ranktuner_jax.models.attention import TokenPositions
 from ranktuner_jax.models.config import ACTIVATIONS, DecoderConfig
 from ranktuner_jax.models.linear import linear
-from ranktuner_jax.models.lora import Frozen, Lora
+from ranktuner_jax.models.lora import Lora
 
 if TYPE_CHECKING:
     from jaxtyping import Array, DTypeLike, Float, Int
@@ -104,11 +104,10 @@ class Layers(nnx.Module):
 
     def project(self, name: str, x: Float[Array, "B T *inputs"]) -> Float[Array, "B T *outputs"]:
         """One linear map, in the dtype of `x`, with its adapter and its bias if there are any."""
-        kernel = getattr(self, name)
+        kernel = getattr(self, name)[...]
         outputs = kernel.shape[: kernel.ndim - x.ndim + 2]
         flat = x.reshape(*x.shape[:2], -1)
-        matrix = kernel[...].reshape(math.prod(outputs), -1)
-        y = linear(flat, matrix, frozen=isinstance(kernel, Frozen))
+        y = linear(flat, kernel.reshape(math.prod(outputs), -1))
         if self.lora is not None and name in self.lora.targets:
             a, b = (getattr(self, f"{name}_lora_{factor}")[...] for factor in "ab")
             low = linear(flat, a.reshape(self.lora.rank, -1))

@@ -13,9 +13,7 @@ if TYPE_CHECKING:
 __all__ = ["linear"]
 
 
-def linear(
-    x: Float[Array, "B T I"], kernel: Float[Array, "O I"], *, frozen: bool = False
-) -> Float[Array, "B T O"]:
+def linear(x: Float[Array, "B T I"], kernel: Float[Array, "O I"]) -> Float[Array, "B T O"]:
     """`x @ kernel.T`, multiplied in the dtype of `x` and summed in float32.
 
     Unlike in a plain product, the kernel's gradient is not rounded to the dtype of `x`
@@ -26,7 +24,6 @@ def linear(
     Args:
       x: Activations.
       kernel: Parameters, outputs first, in their own dtype.
-      frozen: Whether the kernel has no gradient; the backward pass then does without `x`.
 
     Returns:
       The product, in the dtype of `x`.
@@ -38,8 +35,7 @@ def linear(
     # Inside shard_map a replicated kernel meets the device's own rows. The cast is explicit,
     # since a custom gradient must have the type of its primal.
     axes = tuple(_varying(x) - _varying(kernel))
-    product = _frozen_linear if frozen else _linear
-    return product(x, jax.lax.pcast(kernel, axes, to="varying") if axes else kernel)
+    return _linear(x, jax.lax.pcast(kernel, axes, to="varying") if axes else kernel)
 
 
 def _varying(x: Array) -> frozenset[str]:
@@ -76,20 +72,3 @@ def _backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
 
 
 _linear.defvjp(_forward, _backward)
-
-
-@jax.custom_vjp
-def _frozen_linear(x: Array, kernel: Array) -> Array:
-    return _linear(x, kernel)
-
-
-def _frozen_forward(x: Array, kernel: Array) -> tuple[Array, Array]:
-    return _linear(x, kernel), kernel
-
-
-def _frozen_backward(kernel: Array, g: Array) -> tuple[Array, None]:
-    dx = _dot(g.reshape(-1, g.shape[-1]), kernel.astype(g.dtype), 1, 0, g.dtype)
-    return dx.reshape(*g.shape[:-1], -1), None
-
-
-_frozen_linear.defvjp(_frozen_forward, _frozen_backward)

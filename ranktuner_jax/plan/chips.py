@@ -35,9 +35,9 @@ class Chip:
     network_bandwidth: float | None
 
 
-# The chip's interconnect, bytes/s one way over all links, from the page of each version under
-# https://docs.cloud.google.com/tpu/docs (given there in Gbit/s, both ways together); and the
-# devices that JAX sees as one: v4 and v5p have two cores a chip.
+# The chip's interconnect, bit/s one way over all links, from the page of each version under
+# https://docs.cloud.google.com/tpu/docs (v5e: "1600 Gbps", elsewhere "bidirectional 400 GBps"); and
+# the cores that are one device in JAX.
 _TPUS = {
     "TPU v4": (2400e9, 2),
     "TPU v5 lite": (1600e9, 1),
@@ -87,7 +87,7 @@ def chip_of(device: jax.Device, compute_dtype: str = "bfloat16") -> Chip:
         cores * info.hbm_capacity_bytes / 1e9,
         cores * info.bf16_ops_per_second,
         cores * info.mem_bw_bytes_per_second,
-        network / 8 / 2,
+        network / 8,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from ranktuner_jax.plan import topologies
@@ -71,10 +72,7 @@ class Plan:
     @property
     def devices(self) -> int:
         """The number of devices."""
-        count = 1
-        for size in self.mesh.values():
-            count *= size
-        return count
+        return math.prod(self.mesh.values())
 
     def to_json(self) -> dict[str, Any]:
         """What `ranktuner plan --json` prints."""

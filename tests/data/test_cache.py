@@ -29,6 +29,8 @@ from ranktuner_jax.data import (
 )
 from ranktuner_jax.data import cache as cached
 from ranktuner_jax.data.arrays import read_arrays, write_arrays
+from ranktuner_jax.data.cache_builder import Builder
+from ranktuner_jax.data.cache_files import part_path
 from ranktuner_jax.data.checksums import combine
 from ranktuner_jax.data.encode import Split
 from ranktuner_jax.errors import RunError, UserError
@@ -325,7 +327,7 @@ def test_a_part_is_written_by_one_process_and_waited_for_by_others(
     path: str, tokenizer: Any, tmp_path: pathlib.Path
 ) -> None:
     split = Split(DataConfig(path, row_length=256), path, "train")
-    builder = cached.Builder(split, ChatEncoder(tokenizer), epath.Path(tmp_path / "new"), 8)
+    builder = Builder(split, ChatEncoder(tokenizer), epath.Path(tmp_path / "new"), 8)
     part = tmp_path / "new" / "000001.arrow"
     part.parent.mkdir()
     with open(f"{part}.lock", "w") as lock:
@@ -357,10 +359,10 @@ def test_processes_make_what_one_makes_and_name_the_first_bad_row(
     assert [part.name for part in made[:4]] == [f"{k:06d}.arrow" for k in range(4)]
     split = Split(config, path, "train")
     alone = epath.Path(folder / "alone")
-    builder = cached.Builder(split, ChatEncoder(tokenizer), alone, 8)
+    builder = Builder(split, ChatEncoder(tokenizer), alone, 8)
     for number, part in enumerate(made[:4]):
         assert builder.build(number, wait=True)
-        assert cached.part_path(alone, number).read_bytes() == part.read_bytes()
+        assert part_path(alone, number).read_bytes() == part.read_bytes()
 
 
 DRILL = """

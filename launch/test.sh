@@ -11,12 +11,15 @@ source launch/venv.sh
 
 if [[ ${1:-} == --parity ]]; then
   shift
+  # Pip's settings choose between the builds of PyTorch, of which those for GPUs take several GB.
+  make_venv .venv-parity
+  .venv-parity/bin/pip install --quiet "$(grep -oE '^ +torch==[0-9.]+' setup.cfg | tr -d ' ')"
   install_into_venv test,parity .venv-parity
   exec .venv-parity/bin/python -m pytest -n 2 -m parity "$@"
 fi
 if [[ ${1:-} == --trainers ]]; then
   shift
-  [[ -x .venv-nox/bin/nox ]] || "${PYTHON:-python3}" -m venv .venv-nox
+  make_venv .venv-nox
   .venv-nox/bin/pip install --quiet "nox[uv]>=2025.5"
   exec .venv-nox/bin/nox "$@"
 fi

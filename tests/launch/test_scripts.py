@@ -80,7 +80,8 @@ def test_a_dry_run_of_local_prints_its_commands_and_changes_nothing(
     lines = ran.stdout.splitlines()
     assert lines[0].startswith(f"{sys.executable} -m venv")
     extras = r"train\,eval\,cuda" if gpus else r"train\,eval"
-    assert rf".venv/bin/pip install --quiet --editable .\[{extras}\] " in lines
+    install = rf".venv/bin/uv pip install --quiet --python .venv --editable .\[{extras}\] "
+    assert install in lines
     assert lines[-1].startswith("exec .venv/bin/ranktuner train --config=smollm2_chain_sum")
     assert lines[-1].endswith(r"--config=a\ b.py ")
     assert sorted(repository.rglob("*")) == before

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
-import os
 import pathlib
 import statistics
 import sys
@@ -24,10 +22,9 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from rich.console import Console
-from rich.table import Table
 
 from ranktuner_jax import data, models
+from ranktuner_jax.bench.records import Record, add_json, show
 from ranktuner_jax.diagnostics import audit_methods
 from ranktuner_jax.diagnostics.audit import Audit
 from ranktuner_jax.diagnostics.layout import batches, pack
@@ -50,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     number("--batch_size", default=8, help="rows scored together [%(default)s]")
     number("--repeats", default=3, help="timed runs of each [%(default)s]")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--json", action="store_true", help="print the measurements as JSON")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -72,18 +69,17 @@ def run(args: argparse.Namespace) -> int:
         text = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in found.items())
         print(f"{repeat}/{args.repeats}  {text}", file=sys.stderr, flush=True)
     medians = {name: statistics.median(values) for name, values in speeds.items()}
-    ratios = {name: medians[name] / medians[PLAIN] for name in (SCORING, WHOLE)}
-    load = os.getloadavg()[0]
-    if args.json:
-        print(json.dumps({"tokens_per_second": speeds, "ratios": ratios, "load": load}))
-        return 0
-    cores, kind = len(os.sched_getaffinity(0)), jax.devices()[0].device_kind
-    table = Table(title=f"{args.dtype}, {kind}, {cores} cores, load {load:.1f}")
-    for column in ("", "tokens/s", "÷ likelihood"):
-        table.add_column(column, justify="right" if column else "left")
-    for name, median in medians.items():
-        table.add_row(name, f"{median:,.1f}", f"{ratios[name]:.2f}" if name in ratios else "")
-    Console(highlight=False).print(table)
+    records = [
+        Record(
+            "audit",
+            f"{args.rows} rows of {args.row_length} tokens, {args.dtype}",
+            name,
+            {"tokens_per_s": median, f"÷ {PLAIN}": median / medians[PLAIN]},
+            args.dtype,
+        )
+        for name, median in medians.items()
+    ]
+    show(records, as_json=args.json)
     return 0
 
 

@@ -13,6 +13,7 @@ import importlib.util
 import json
 import math
 import pathlib
+import sys
 import tempfile
 import threading
 import time
@@ -24,10 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import AxisType
-from rich.console import Console
-from rich.table import Table
 
 from ranktuner_jax import models
+from ranktuner_jax.bench.records import Record, add_json, show
 from ranktuner_jax.models.hf import tensor_names
 from ranktuner_jax.train.commands import flags
 
@@ -41,11 +41,13 @@ class Measurement:
     Attributes:
       name: Library, dtype and remat policy.
       seconds: Time of the fastest repeat.
+      dtype: Of the matrix products.
       temp_bytes: Memory that XLA needs besides parameters and gradients; None for torch.
     """
 
     name: str
     seconds: float
+    dtype: str
     temp_bytes: int | None = None
 
 
@@ -61,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MB",
         help="instead, measure the host memory needed to load a random checkpoint of MB megabytes",
     )
+    add_json(parser)
 
 
 def measure(
@@ -80,7 +83,7 @@ def measure(
     seconds = _fastest(lambda: jax.block_until_ready(step(params)), repeats)
     memory = step.memory_analysis()
     temp = None if memory is None else memory.temp_size_in_bytes
-    return Measurement(f"ranktuner_jax, {dtype}, remat {remat}", seconds, temp)
+    return Measurement(f"ranktuner_jax, {dtype}, remat {remat}", seconds, dtype, temp)
 
 
 def _measure_torch(model: str, *, batch_size: int, length: int, repeats: int) -> Measurement:
@@ -96,7 +99,7 @@ def _measure_torch(model: str, *, batch_size: int, length: int, repeats: int) ->
         hidden = decoder(tokens.long(), use_cache=False).last_hidden_state
         (hidden * cotangent).sum().backward()
 
-    return Measurement("transformers + torch, float32", _fastest(step, repeats))
+    return Measurement("transformers + torch, float32", _fastest(step, repeats), "float32")
 
 
 def _batch(folder: pathlib.Path, batch_size: int, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -191,30 +194,38 @@ def _peak_bytes() -> Iterator[list[int]]:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the measurements."""
-    console = Console()
     if args.loading:
         kept, peak, bound = measure_loading(args.loading)
-        console.print(
-            f"{jax.device_count()} devices: kept {kept:.0f} MB, peak {peak:.0f} MB: "
-            f"{peak - kept:.0f} MB besides the model, of {bound:.0f} MB allowed"
-        )
+        figures = {"kept": kept, "peak": peak, "besides the model": peak - kept, "allowed": bound}
+        case = f"a checkpoint of {args.loading} MB"
+        sizes = {f"{name}_bytes": megabytes * 1e6 for name, megabytes in figures.items()}
+        show([Record("model", "host memory of loading", case, sizes)], as_json=args.json)
         return 0
     model = flags.read_config(args).model
     size = {"batch_size": args.batch_size, "length": args.length, "repeats": args.repeats}
     measurements = []
     if importlib.util.find_spec("torch") is None:
-        console.print("torch is not installed (extra `parity`): no comparison")
+        print("torch is not installed (extra `parity`): no comparison", file=sys.stderr)
     else:
         measurements.append(_measure_torch(model, **size))
     for dtype in ("float32", "bfloat16"):
         for remat in models.REMAT_POLICIES:
             measurements.append(measure(model, **size, dtype=dtype, remat=remat))
-    table = Table(title=f"forward and backward, {args.batch_size} rows of {args.length} tokens")
-    for column in ("", "s", "× first row", "temp GB"):
-        table.add_column(column, justify="right" if column else "left")
-    for each in measurements:
-        temp = "" if each.temp_bytes is None else f"{each.temp_bytes / 1e9:.2f}"
-        ratio = f"{each.seconds / measurements[0].seconds:.2f}"
-        table.add_row(each.name, f"{each.seconds:.2f}", ratio, temp)
-    console.print(table)
+    setting = f"forward and backward, {args.batch_size} rows of {args.length} tokens"
+    first = measurements[0]
+    records = (
+        Record(
+            "model",
+            setting,
+            each.name,
+            {
+                "fastest_s": each.seconds,
+                f"÷ {first.name}": each.seconds / first.seconds,
+                "temp_bytes": each.temp_bytes,
+            },
+            each.dtype,
+        )
+        for each in measurements
+    )
+    show(records, as_json=args.json)
     return 0

@@ -15,24 +15,20 @@ import argparse
 import dataclasses
 import functools
 import importlib.util
-import json
-import os
 import pathlib
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 
-import jax
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from ranktuner_jax import evals, models
+from ranktuner_jax.bench.records import Record, add_json, show
 from ranktuner_jax.errors import UserError
 from ranktuner_jax.train.commands import flags
 
-__all__ = ["Case", "add_arguments", "best", "run"]
+__all__ = ["OURS", "Case", "add_arguments", "best", "run", "spread", "write"]
 
 OURS, TORCH = "ranktuner_jax", "transformers + torch"
 REFILLED, BATCHES = "rows refilled", "batch after batch"
@@ -84,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     number("--answer_tokens", nargs=2, default=[16, 256], help="fewest and most tokens [16 256]")
     number("--repeats", default=3, help="timed runs per case [%(default)s]")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--json", action="store_true", help="print the measurements as JSON")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -102,31 +98,23 @@ def run(args: argparse.Namespace) -> int:
             case.time()
             text = f"{case.name}, batch {case.batch_size}: {case.speeds[-1]:.1f} tokens/s"
             print(f"{repeat + 1}/{args.repeats}  {text}", file=sys.stderr, flush=True)
-    ratios = {
-        f"{one} ÷ {other}": best(cases, one).median / best(cases, other).median
-        for one, other in ((OURS, TORCH), (REFILLED, BATCHES))
-        if {one, other} <= {case.name for case in cases}
-    }
-    load = os.getloadavg()[0]
-    if args.json:
-        rows = [
-            {"name": case.name, "batch_size": case.batch_size, "tokens_per_second": case.speeds}
-            for case in cases
-        ]
-        print(json.dumps({"cases": rows, "ratios": ratios, "load": load}))
-        return 0
-    cores = len(os.sched_getaffinity(0))
-    kind = jax.devices()[0].device_kind
-    table = Table(title=f"greedy, {args.dtype}, {kind}, {cores} cores, load {load:.1f}")
-    for column in ("", "batch", "tokens/s", "fastest"):
-        table.add_column(column, justify="right" if column else "left")
-    for case in cases:
-        speeds = (f"{speed:.1f}" for speed in (case.median, max(case.speeds)))
-        table.add_row(case.name, str(case.batch_size), *speeds)
-    console = Console(highlight=False)
-    console.print(table)
-    for name, ratio in ratios.items():
-        console.print(f"{name}: {ratio:.2f}, each at its best batch")
+    setting = f"greedy, {args.dtype}"
+    records = [
+        Record(
+            "sample",
+            setting,
+            f"{case.name}, batch {case.batch_size}",
+            {"median_tokens_per_s": case.median, "fastest_tokens_per_s": max(case.speeds)},
+            args.dtype,
+        )
+        for case in cases
+    ]
+    for one, other in ((OURS, TORCH), (REFILLED, BATCHES)):
+        if {one, other} <= {case.name for case in cases}:
+            ratio = best(cases, one).median / best(cases, other).median
+            name = f"{one} ÷ {other}, each at its best batch"
+            records.append(Record("sample", setting, name, {"÷": ratio}, args.dtype))
+    show(records, as_json=args.json)
     return 0
 
 
@@ -146,7 +134,7 @@ def _cases(folder: pathlib.Path, args: argparse.Namespace) -> list[Case]:
     rng = np.random.default_rng(0)
 
     def prompts(count: int) -> list[list[int]]:
-        sizes = _spread(rng, count, args.prompt_tokens)
+        sizes = spread(rng, count, args.prompt_tokens)
         return [rng.integers(0, model.vocab_size, size).tolist() for size in sizes]
 
     ends = model.config.eos_token_id
@@ -158,33 +146,33 @@ def _cases(folder: pathlib.Path, args: argparse.Namespace) -> list[Case]:
     elif asked:
         torch = _torch_writer(folder, asked, args.max_new_tokens, stop_ids, args.dtype)
     cases = []
-    ours = functools.partial(_write, model, asked, args.max_new_tokens, stop_ids=stop_ids)
+    ours = functools.partial(write, model, asked, args.max_new_tokens, stop_ids=stop_ids)
     for size in args.batch_sizes if asked else []:
         cases.append(Case(OURS, size, functools.partial(ours, batch_size=size)))
         if torch is not None:
             cases.append(Case(TORCH, size, functools.partial(torch, size)))
     answers = prompts(args.answers)
-    limits = _spread(rng, args.answers, args.answer_tokens)
+    limits = spread(rng, args.answers, args.answer_tokens)
 
     def one_after_another(size: int) -> int:
         starts = range(0, len(answers), size)
         parts = [(answers[i : i + size], limits[i : i + size]) for i in starts]
-        return sum(_write(model, *part, stop_ids=(), batch_size=size) for part in parts)
+        return sum(write(model, *part, stop_ids=(), batch_size=size) for part in parts)
 
     for size in args.batch_sizes if answers else []:
-        refilled = functools.partial(_write, model, answers, limits, stop_ids=(), batch_size=size)
+        refilled = functools.partial(write, model, answers, limits, stop_ids=(), batch_size=size)
         cases.append(Case(REFILLED, size, refilled))
         cases.append(Case(BATCHES, size, functools.partial(one_after_another, size)))
     return cases
 
 
-def _spread(rng: np.random.Generator, count: int, bounds: Sequence[int]) -> list[int]:
+def spread(rng: np.random.Generator, count: int, bounds: Sequence[int]) -> list[int]:
     """Numbers whose logarithms are spread evenly."""
     low, high = np.log(bounds)
     return [round(number) for number in np.exp(rng.uniform(low, high, count)).tolist()]
 
 
-def _write(
+def write(
     model: models.Decoder,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int | Sequence[int],
@@ -192,6 +180,7 @@ def _write(
     stop_ids: Sequence[int],
     batch_size: int,
 ) -> int:
+    """Writes greedy completions, and returns the number of their tokens."""
     completions = evals.generate(
         model,
         prompts,

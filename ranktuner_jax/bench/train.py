@@ -20,17 +20,16 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from rich.console import Console
-from rich.table import Table
 
 from ranktuner_jax import data, losses
-from ranktuner_jax.bench.loss import torch_ranktuner
+from ranktuner_jax.bench.records import Record, add_json, show
+from ranktuner_jax.bench.torch_losses import torch_ranktuner
 from ranktuner_jax.errors import UserError
 from ranktuner_jax.train import (
     Run,
@@ -42,7 +41,17 @@ from ranktuner_jax.train import (
 )
 from ranktuner_jax.train.commands import flags
 
-__all__ = ["Case", "add_arguments", "open_runs", "ratio", "run"]
+__all__ = [
+    "FUSED",
+    "SFT",
+    "Case",
+    "SharedState",
+    "add_arguments",
+    "jax_cases",
+    "open_runs",
+    "ratio",
+    "run",
+]
 
 DTYPES = ("bfloat16", "float32")
 FUSED, SFT, DENSE = "RankTuner, fused", "SFT, NLL only", "RankTuner, dense"
@@ -93,6 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="types of the activations, instead of the config's [both]",
     )
     parser.add_argument("--repeats", type=int, default=5, help="timed steps per case [%(default)s]")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -108,10 +118,12 @@ def run(args: argparse.Namespace) -> int:
     cases, states = [], {}
     for dtype, opened in runs.items():
         _print_status(f"compiling for {dtype} ...")
-        states[dtype] = _SharedState(opened)
-        cases += _jax_cases(states[dtype], batch)
+        states[dtype] = SharedState(opened)
+        cases += jax_cases(states[dtype], batch)
     if importlib.util.find_spec("torch") is None:
         _print_status("torch is not installed (extra `parity`): no comparison with it")
+    elif config.lora.is_on:
+        _print_status("torch trains the whole model: no comparison with it")
     else:
         cases += _torch_cases(first, batch, list(runs))
     for repeat in range(args.repeats):
@@ -121,9 +133,7 @@ def run(args: argparse.Namespace) -> int:
                 f"{repeat + 1}/{args.repeats}  {case.name}, {case.dtype}: {case.seconds[-1]:.2f} s"
             )
     shares = {dtype: _input_share(shared, args.repeats) for dtype, shared in states.items()}
-    console = Console(highlight=False)
-    console.print(_steps_table(cases, batch))
-    console.print(_ratios_table(cases, shares))
+    show(_records(cases, shares, batch), as_json=args.json)
     return 0
 
 
@@ -141,7 +151,7 @@ def _print_status(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-class _SharedState:
+class SharedState:
     """The train state of a run, shared by its cases because every step donates it."""
 
     def __init__(self, run: Run) -> None:
@@ -175,13 +185,16 @@ class _SharedState:
         return metrics
 
 
-def _jax_cases(shared: _SharedState, batch: data.Batch) -> list[Case]:
+def jax_cases(
+    shared: SharedState, batch: data.Batch, names: Sequence[str] = (FUSED, SFT, DENSE)
+) -> list[Case]:
     """The run's own step, SFT without statistics, and the loss from full logits."""
-    programs = {
-        FUSED: shared.compile(batch),
-        SFT: shared.compile(batch, loss_only=True, weighting=losses.SFT()),
-        DENSE: shared.compile(batch, make_loss=_dense_loss),
+    options: dict[str, dict[str, Any]] = {
+        FUSED: {},
+        SFT: {"loss_only": True, "weighting": losses.SFT()},
+        DENSE: {"make_loss": _dense_loss},
     }
+    programs = {name: shared.compile(batch, **options[name]) for name in names}
     placed = shared.place(batch)
 
     def step(program: Any) -> float:
@@ -267,7 +280,7 @@ def _torch_cases(run: Run, batch: data.Batch, dtypes: Sequence[str]) -> list[Cas
     ]
 
 
-def _input_share(shared: _SharedState, steps: int) -> float:
+def _input_share(shared: SharedState, steps: int) -> float:
     """The fraction of time that training waits for the next batch and its transfer."""
     run = shared.run
     batches = data.BatchIterator(run.rows, batch_size=run.config.train.batch_size, seed=1)
@@ -287,45 +300,27 @@ def _input_share(shared: _SharedState, steps: int) -> float:
     return waited / (time.perf_counter() - begun)
 
 
-def _steps_table(cases: list[Case], batch: data.Batch) -> Table:
+def _records(
+    cases: Sequence[Case], shares: Mapping[str, float], batch: data.Batch
+) -> Iterator[Record]:
+    """Each case, with what the fused step takes in comparison, and the wait for input."""
     rows, length = batch.tokens.shape
-    cores = len(os.sched_getaffinity(0))
-    table = Table(
-        title=f"one step: {rows} rows of {length} tokens, {batch.mask.mean():.0%} supervised, "
-        f"{jax.devices()[0].device_kind}, {cores} cores"
-    )
-    table.add_column("")
-    for column in ("activations", "loss", "median", "fastest", "temp memory"):
-        table.add_column(column, justify="right")
-    for case in cases:
-        table.add_row(
-            case.name,
-            case.dtype,
-            f"{case.loss:.4f}",
-            f"{statistics.median(case.seconds):.3f} s",
-            f"{min(case.seconds):.3f} s",
-            "" if case.temp_bytes is None else f"{case.temp_bytes / 1e6:,.0f} MB",
-        )
-    return table
-
-
-def _ratios_table(cases: list[Case], shares: Mapping[str, float]) -> Table:
-    table = Table(title="ratios")
-    for column in ("", "activations", "ratio", "target"):
-        table.add_column(column, justify="left" if not column else "right")
+    supervised = batch.mask.mean()
     for dtype, share in shares.items():
+        setting = f"one step of {rows} rows of {length}, {supervised:.0%} supervised, {dtype}"
         by_name = {case.name: case for case in cases if case.dtype == dtype}
         fused = by_name[FUSED]
-        for name, target in ((SFT, 1.03), (DENSE, 1.0), *((name, 0.9) for name in TORCH.values())):
-            if name in by_name:
-                value = ratio(fused, by_name[name])
-                table.add_row(f"{FUSED} ÷ {name}", dtype, f"{value:.3f}", f"≤ {target}")
-        dense_bytes = by_name[DENSE].temp_bytes
-        if fused.temp_bytes and dense_bytes:
-            memory = fused.temp_bytes / dense_bytes
-            table.add_row("temp memory, fused ÷ dense", dtype, f"{memory:.3f}", "≤ 1.0")
-        table.add_row("waiting for input ÷ total", dtype, f"{share:.2%}", "< 1 %")
-    return table
+        for name, case in by_name.items():
+            figures = {
+                "loss": case.loss,
+                "median_s": statistics.median(case.seconds),
+                "fastest_s": min(case.seconds),
+                "temp_bytes": case.temp_bytes,
+                "fused ÷ this": ratio(fused, case),
+            }
+            if name == FUSED:
+                figures["waiting for input_share"] = share
+            yield Record("train", setting, name, figures, dtype)
 
 
 def ratio(ours: Case, other: Case) -> float:

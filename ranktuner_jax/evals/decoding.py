@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ranktuner_jax.evals.choosing import Rule, choose
-from ranktuner_jax.models import Cache, Decoder, partition
+from ranktuner_jax.models import Cache, Decoder, Quantized, partition
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Int
@@ -93,12 +93,18 @@ def split(graph: Graph, params: nnx.State) -> Weights:
 def _cast(graph: Graph, params: nnx.State, rest: nnx.State) -> tuple[nnx.State, list[nnx.State]]:
     model = nnx.merge(graph, params)
 
-    def cast(path: tuple[Any, ...], leaf: Array) -> Array:
-        # Norms scale in float32.
-        is_norm = any(str(getattr(key, "key", "")).endswith("norm") for key in path)
-        return leaf if is_norm else leaf.astype(model.dtype)
+    def is_quantized(leaf: Any) -> bool:
+        return isinstance(leaf, Quantized)
 
-    rest, wanted = (jax.tree_util.tree_map_with_path(cast, state) for state in (rest, params))
+    def cast(path: tuple[Any, ...], leaf: Any) -> Any:
+        # Norms scale in float32, and quantised matrices stay small.
+        is_norm = any(str(getattr(key, "key", "")).endswith("norm") for key in path)
+        return leaf if is_norm or is_quantized(leaf) else leaf.astype(model.dtype)
+
+    rest, wanted = (
+        jax.tree_util.tree_map_with_path(cast, state, is_leaf=is_quantized)
+        for state in (rest, params)
+    )
     return rest, nnx.merge(graph, wanted).split_layers()
 
 

@@ -9,7 +9,10 @@ from ranktuner_jax.models.lora import (
     Lora,
     adapter_shapes,
     add_adapters,
+    dropout_keys,
     merge_adapters,
+    quantize_layers,
+    set_adapters,
 )
 from ranktuner_jax.models.partition import constrain, param_shardings
 from ranktuner_jax.models.pretrained import (
@@ -19,6 +22,7 @@ from ranktuner_jax.models.pretrained import (
     save_adapter,
     save_pretrained,
 )
+from ranktuner_jax.models.quantized import Quantized
 from ranktuner_jax.models.rope import RopeConfig
 
 __all__ = [
@@ -29,17 +33,21 @@ __all__ = [
     "DecoderConfig",
     "Frozen",
     "Lora",
+    "Quantized",
     "RopeConfig",
     "adapter_shapes",
     "add_adapters",
     "constrain",
+    "dropout_keys",
     "load_adapter",
     "load_pretrained",
     "merge_adapters",
     "param_shardings",
+    "quantize_layers",
     "read_config",
     "resolve",
     "save_adapter",
     "save_pretrained",
+    "set_adapters",
     "turn_ends",
 ]

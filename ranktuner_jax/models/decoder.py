@@ -18,10 +18,11 @@ from ranktuner_jax.models import attention, partition, rope
 from ranktuner_jax.models.attention import TokenPositions
 from ranktuner_jax.models.config import ACTIVATIONS, DecoderConfig
 from ranktuner_jax.models.linear import linear
-from ranktuner_jax.models.lora import Lora
+from ranktuner_jax.models.lora import Lora, drop_inputs
+from ranktuner_jax.models.quantized import Quantized, quantized_linear
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, DTypeLike, Float, Int
+    from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
 __all__ = ["REMAT_POLICIES", "Cache", "Decoder"]
 
@@ -102,14 +103,22 @@ class Layers(nnx.Module):
             if "layers" in axes:
                 setattr(self, name, _init(name, axes, config, rngs, param_dtype))
 
-    def project(self, name: str, x: Float[Array, "B T *inputs"]) -> Float[Array, "B T *outputs"]:
+    def project(
+        self, name: str, x: Float[Array, "B T *inputs"], dropout: PRNGKeyArray | None = None
+    ) -> Float[Array, "B T *outputs"]:
         """One linear map, in the dtype of `x`, with its adapter and its bias if there are any."""
-        kernel = getattr(self, name)[...]
-        outputs = kernel.shape[: kernel.ndim - x.ndim + 2]
+        kernel = getattr(self, name).get_value()
+        outputs = kernel.shape[: len(kernel.shape) - x.ndim + 2]
         flat = x.reshape(*x.shape[:2], -1)
-        y = linear(flat, kernel.reshape(math.prod(outputs), -1))
+        if isinstance(kernel, Quantized):
+            y = quantized_linear(flat, kernel, math.prod(outputs))
+        else:
+            y = linear(flat, kernel.reshape(math.prod(outputs), -1))
         if self.lora is not None and name in self.lora.targets:
             a, b = (getattr(self, f"{name}_lora_{factor}")[...] for factor in "ab")
+            if dropout is not None:
+                number = partition.PROJECTIONS.index(name)
+                flat = drop_inputs(flat, self.lora.dropout, dropout, number)
             low = linear(flat, a.reshape(self.lora.rank, -1))
             y = y + linear(low * self.lora.scale, b.reshape(-1, self.lora.rank))
         y = y.reshape(*x.shape[:2], *outputs)
@@ -123,25 +132,29 @@ class Layers(nnx.Module):
         return x if param is None else _rms_norm(x, param[...], self.config)
 
     def heads(
-        self, x: Array, tables: tuple[Array, Array]
+        self, x: Array, tables: tuple[Array, Array], dropout: PRNGKeyArray | None = None
     ) -> tuple[Float[Array, "B T H d"], Float[Array, "B T K d"], Float[Array, "B T K d"]]:
         """Queries, keys and values, rotated."""
         x = self.norm("attention_norm", x)
-        q, k, v = (self.project(name, x) for name in "qkv")
+        q, k, v = (self.project(name, x, dropout) for name in "qkv")
         for norm in ("norm", "joint_norm"):
             q, k = self.norm(f"q_{norm}", q), self.norm(f"k_{norm}", k)
         return rope.apply_rotary(q, tables), rope.apply_rotary(k, tables), v
 
     def add(
-        self, x: Float[Array, "B T D"], mixed: Float[Array, "B T H d"], mesh: Mesh | None
+        self,
+        x: Float[Array, "B T D"],
+        mixed: Float[Array, "B T H d"],
+        mesh: Mesh | None,
+        dropout: PRNGKeyArray | None = None,
     ) -> Float[Array, "B T D"]:
         """The residual plus attention's output, and plus the gated feed-forward network's."""
-        x = x + self.norm("attention_post_norm", self.project("o", mixed))
+        x = x + self.norm("attention_post_norm", self.project("o", mixed, dropout))
         y = self.norm("mlp_norm", x)
-        gate, up = (self.project(name, y) for name in ("gate", "up"))
+        gate, up = (self.project(name, y, dropout) for name in ("gate", "up"))
         inner = ACTIVATIONS[self.config.activation](gate) * up
         inner = partition.constrain(inner, mesh, "batch", "time", "mlp")
-        return x + self.norm("mlp_post_norm", self.project("down", inner))
+        return x + self.norm("mlp_post_norm", self.project("down", inner, dropout))
 
 
 def _init(
@@ -288,6 +301,7 @@ class Decoder(nnx.Module):
         *,
         cache: Cache | None = None,
         layers: Sequence[nnx.State] | None = None,
+        dropout: PRNGKeyArray | None = None,
     ) -> Any:
         """Hidden states after the final norm.
 
@@ -299,6 +313,7 @@ class Decoder(nnx.Module):
             do not see each other. By default a row is one conversation.
           cache: As `init_cache` or the previous call returned it.
           layers: With a cache, what to use in place of `split_layers()`.
+          dropout: Keys `[L, B]` of the adapters' dropout, in training alone; see `dropout_keys`.
 
         Returns:
           `hidden [B, T, D]` in the compute dtype, or `(hidden, cache)` if a cache was given.
@@ -309,7 +324,7 @@ class Decoder(nnx.Module):
             positions = _count_positions(segment_ids, cache)
         new = TokenPositions(positions, segment_ids)
         if cache is None:
-            return self._finish(self._scan(tokens, new)[0])
+            return self._finish(self._scan(tokens, new, dropout=dropout)[0])
         x, cache = self._layers_cached(self._embedded(tokens), new, cache, layers)
         return self._finish(x), cache
 
@@ -375,7 +390,14 @@ class Decoder(nnx.Module):
         options = {"windows": windows, "scale": c.attention_scale}
         return _Choice(window_choice, rope_choice), tables, options
 
-    def _scan(self, tokens: Array, new: TokenPositions, *, keep: bool = False) -> tuple[Array, Any]:
+    def _scan(
+        self,
+        tokens: Array,
+        new: TokenPositions,
+        *,
+        keep: bool = False,
+        dropout: PRNGKeyArray | None = None,
+    ) -> tuple[Array, Any]:
         """All layers; and each one's keys and values, `[L, B, T, K, d]`, if they are to be kept."""
         kernel = attention.choose_implementation(
             self.attention, length=tokens.shape[1], dtype=self.dtype, mesh=self.mesh
@@ -383,11 +405,13 @@ class Decoder(nnx.Module):
         graph, params = nnx.split(self.layers)
         choices, tables, options = self._variants(new)
 
-        def layer(x: Array, xs: tuple[nnx.State, _Choice]) -> tuple[Array, Any]:
-            params, choice = xs
+        def layer(
+            x: Array, xs: tuple[nnx.State, _Choice, PRNGKeyArray | None]
+        ) -> tuple[Array, Any]:
+            params, choice, keys = xs
             block = nnx.merge(graph, params)
             x = self._constrain(x)
-            q, k, v = block.heads(x, tables(choice))
+            q, k, v = block.heads(x, tables(choice), keys)
             mixed = attention.attend(
                 *(q, k, v, new, new),
                 choice=choice.window,
@@ -395,12 +419,12 @@ class Decoder(nnx.Module):
                 mesh=self.mesh,
                 **options,
             )
-            return block.add(x, mixed, self.mesh), (k, v) if keep else None
+            return block.add(x, mixed, self.mesh, keys), (k, v) if keep else None
 
         step: Callable[..., Any] = layer
         if (policy := REMAT_POLICIES[self.remat]) is not None:
             step = jax.checkpoint(step, policy=policy, prevent_cse=False)
-        x, kept = jax.lax.scan(step, self._embedded(tokens), (params, choices))
+        x, kept = jax.lax.scan(step, self._embedded(tokens), (params, choices, dropout))
         return self._constrain(x), kept
 
     def split_layers(self) -> list[nnx.State]:

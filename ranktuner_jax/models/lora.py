@@ -16,13 +16,24 @@ from ranktuner_jax.errors import UserError
 from ranktuner_jax.models import partition
 from ranktuner_jax.models.config import DecoderConfig
 from ranktuner_jax.models.families import FAMILIES
+from ranktuner_jax.models.quantized import BLOCK, Quantized, quantize
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
+    from jaxtyping import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
 
     from ranktuner_jax.models.decoder import Decoder
 
-__all__ = ["Frozen", "Lora", "adapter_shapes", "add_adapters", "merge_adapters", "set_adapters"]
+__all__ = [
+    "Frozen",
+    "Lora",
+    "adapter_shapes",
+    "add_adapters",
+    "drop_inputs",
+    "dropout_keys",
+    "merge_adapters",
+    "quantize_layers",
+    "set_adapters",
+]
 
 
 class Frozen(nnx.Variable):
@@ -42,9 +53,11 @@ class Lora:
       rslora: Whether it is `alpha / sqrt(rank)` instead (rank-stabilised LoRA).
       targets: Names of projections: q, k, v, o, gate, up, down, or those of Hugging Face's
         modules, such as q_proj.
+      dropout: Share of A's inputs that a step of training leaves out.
 
     Raises:
-      UserError: If the rank or alpha is not positive, or there is no such projection.
+      UserError: If the rank or alpha is not positive, dropout is not below 1, or there is no such
+        projection.
 
     Example:
       >>> Lora(rank=16, alpha=32.0, targets=("v_proj", "q")).targets
@@ -57,11 +70,14 @@ class Lora:
     alpha: float
     rslora: bool = False
     targets: tuple[str, ...] = partition.PROJECTIONS
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("rank", "alpha"):
             if getattr(self, name) <= 0:
                 raise UserError(f"lora.{name}: expected more than 0, got {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"lora.dropout: expected at least 0 and below 1, got {self.dropout}")
         ours = {
             name: own
             for own in partition.PROJECTIONS
@@ -82,6 +98,44 @@ class Lora:
     def scale(self) -> float:
         """What the product of the factors is multiplied by."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+def dropout_keys(
+    model: Decoder, step: Int[Array, ""] | int, row_index: Int[Array, " B"]
+) -> PRNGKeyArray | None:
+    """The keys `[L, B]` of a batch's dropout; None if the model has none.
+
+    They depend on the step and on each row's number alone: a resumed run, another mesh and other
+    micro-batches leave out the same inputs.
+    """
+    if model.layers.lora is None or not model.layers.lora.dropout:
+        return None
+    fold = jax.vmap(jax.random.fold_in, (None, 0))
+    layers = fold(jax.random.fold_in(jax.random.key(0), step), jnp.arange(model.config.num_layers))
+    return jax.vmap(fold, (0, None))(layers, row_index)
+
+
+def drop_inputs(
+    x: Float[Array, "B T I"], rate: float, keys: PRNGKeyArray, number: int
+) -> Float[Array, "B T I"]:
+    """`x` with a share of its entries at zero and the rest enlarged to make up for them.
+
+    Args:
+      x: Activations.
+      rate: The share.
+      keys: `[B]`, those of a layer.
+      number: That of the adapter in the layer.
+
+    Example:
+      >>> keys = jax.random.split(jax.random.key(0), 2)
+      >>> sorted(set(drop_inputs(jnp.ones((2, 3, 8)), 0.5, keys, 0).ravel().tolist()))
+      [0.0, 2.0]
+    """
+
+    def kept(key: PRNGKeyArray) -> Bool[Array, "T I"]:
+        return jax.random.bernoulli(jax.random.fold_in(key, number), 1 - rate, x.shape[1:])
+
+    return jnp.where(jax.vmap(kept)(keys), x / (1 - rate), 0)
 
 
 def adapter_shapes(config: DecoderConfig, lora: Lora) -> dict[str, tuple[int, ...]]:
@@ -117,7 +171,8 @@ def add_adapters(
 
     Example:
       >>> from ranktuner_jax import models
-      >>> model = models.Decoder(models.DecoderConfig(num_layers=1), rngs=nnx.Rngs(0))
+      >>> config = models.DecoderConfig(vocab_size=11, num_layers=1)
+      >>> model = models.Decoder(config, rngs=nnx.Rngs(0))
       >>> add_adapters(model, Lora(rank=4, alpha=8.0, targets=("q",)), rngs=nnx.Rngs(1))
       >>> sorted(nnx.state(model, nnx.Param)["layers"])
       ['q_lora_a', 'q_lora_b']
@@ -158,6 +213,36 @@ def set_adapters(model: Decoder, lora: Lora, factors: Mapping[str, Array]) -> No
         setattr(model.layers, name, nnx.Param(value))
 
 
+def quantize_layers(model: Decoder, kind: str) -> None:
+    """Quantises the projections of a decoder in place, which freezes them.
+
+    `load_pretrained` does it while it reads them.
+
+    Args:
+      model: The decoder.
+      kind: One of `quantized.TYPES`.
+
+    Raises:
+      UserError: If the inputs of a projection cannot be divided into blocks.
+
+    Example:
+      >>> from ranktuner_jax import models
+      >>> config = models.DecoderConfig(vocab_size=11, num_layers=1)
+      >>> model = models.Decoder(config, rngs=nnx.Rngs(0))
+      >>> quantize_layers(model, "nf4")
+      >>> model.layers.up.get_value().codes.shape  # Two to a byte.
+      (1, 1536, 288)
+    """
+    for name in partition.PROJECTIONS:
+        matrix = getattr(model.layers, name).get_value()
+        if matrix.shape[-1] % BLOCK:
+            raise UserError(
+                f"lora.base={kind}: expected matrices whose inputs come in multiples of {BLOCK}, "
+                f"got {name} with {matrix.shape[-1]}; use bfloat16"
+            )
+        setattr(model.layers, name, Frozen(quantize(matrix, kind)))
+
+
 def merge_adapters(model: Decoder) -> None:
     """Adds each adapter's product to its matrix, in place; what remains is a plain decoder.
 
@@ -167,13 +252,17 @@ def merge_adapters(model: Decoder) -> None:
       model: A decoder with adapters; the matrices that have one are donated.
 
     Raises:
-      ValueError: If it has none.
+      ValueError: If it has none, or its matrices are quantised.
 
     Example: see `save_adapter`.
     """
     layers = model.layers
     if layers.lora is None:
         raise ValueError("model must have adapters: got none.")
+    if any(isinstance(getattr(layers, n).get_value(), Quantized) for n in layers.lora.targets):
+        raise ValueError(
+            "model must not be quantised: load it with a param_dtype, then load_adapter."
+        )
     for name in layers.lora.targets:
         factors = [getattr(layers, f"{name}_lora_{factor}").get_value() for factor in "ba"]
         merged = _merged(getattr(layers, name).get_value(), *factors, scale=layers.lora.scale)

@@ -13,6 +13,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ranktuner_jax.models.config import DecoderConfig
+from ranktuner_jax.models.quantized import Quantized
 
 __all__ = [
     "ADAPTER_AXES",
@@ -145,7 +146,8 @@ def param_shardings(tree: Any, mesh: Mesh) -> Any:
     Leaves are recognised by the last name on their path, so that the tree may be
     a `Decoder`'s `nnx.State`, a pure dict of it, an optimizer state, or a whole
     train state, of arrays or of `jax.ShapeDtypeStruct`. Anything that is not a
-    parameter (a step counter, a factored moment) is replicated.
+    parameter (a step counter, a factored moment) is replicated. Quantised matrices are divided
+    between blocks.
 
     Args:
       tree: The tree, e.g. `nnx.state(model, nnx.Param)` or `jax.eval_shape(init)`.
@@ -161,7 +163,9 @@ def param_shardings(tree: Any, mesh: Mesh) -> Any:
       {'count': (), 'gate': (None, None, 'fsdp')}
     """
 
-    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    def sharding(path: tuple[Any, ...], leaf: Any) -> Any:
+        if isinstance(leaf, Quantized):
+            return Quantized(*2 * (sharding(path, leaf.scales),))
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
         axes = (PARAM_AXES | ADAPTER_AXES).get(names[-1], ()) if names else ()
         shape = getattr(leaf, "shape", ())
@@ -169,7 +173,9 @@ def param_shardings(tree: Any, mesh: Mesh) -> Any:
             return NamedSharding(mesh, PartitionSpec())
         return NamedSharding(mesh, spec(mesh, axes, shape))
 
-    return jax.tree_util.tree_map_with_path(sharding, tree)
+    return jax.tree_util.tree_map_with_path(
+        sharding, tree, is_leaf=lambda leaf: isinstance(leaf, Quantized)
+    )
 
 
 def constrain(x: jax.Array, mesh: Mesh | None, *axes: str) -> jax.Array:

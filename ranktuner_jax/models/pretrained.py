@@ -123,6 +123,7 @@ def load_pretrained(
     dtype: DTypeLike | None = None,
     *,
     param_dtype: DTypeLike = jnp.float32,
+    quantized: str = "",
     cache_dir: Path | None = None,
     **options: Any,
 ) -> Decoder:
@@ -134,12 +135,14 @@ def load_pretrained(
         are padded to divide over `tensor`.
       dtype: Type of the arithmetic; float32 if left out.
       param_dtype: Type of the parameters.
+      quantized: "nf4" or "int8" for layers' matrices of 4 or 8 bits, which are frozen: each is
+        quantised when it is read. Embeddings, head, norms and biases have `param_dtype`.
       cache_dir: See `resolve`.
       **options: Passed to `Decoder` (`remat`, `attention`).
 
     Raises:
       UserError: If there is no such model, it is of an architecture or rope type that
-        is not supported, or its tensors do not match its config.
+        is not supported, its tensors do not match its config, or they cannot be quantised.
 
     Example: see `save_pretrained`.
     """
@@ -152,6 +155,7 @@ def load_pretrained(
         config,
         mesh=mesh,
         param_dtype=param_dtype,
+        quantized=quantized,
         dtype=jnp.float32 if dtype is None else dtype,
         **options,
     )
@@ -164,6 +168,7 @@ def save_pretrained(
     *,
     chat_template: str = "",
     stop_ids: Sequence[int] = (),
+    card: str = "",
     max_shard_bytes: int = 2 * 1024**3,
 ) -> None:
     """Writes a folder that `transformers` and vLLM load.
@@ -177,6 +182,7 @@ def save_pretrained(
         config go with the weights.
       chat_template: Text of a chat template that replaces that folder's; empty to keep it.
       stop_ids: Tokens at which generation ends, beside those that the generation config names.
+      card: Text of README.md, the model card; empty for none.
       max_shard_bytes: Weights beyond this are split into files with an index.
 
     Raises:
@@ -204,7 +210,7 @@ def save_pretrained(
         config = model.config.to_hf()
         config.dtype = str(model.unembed.dtype)
         config.save_pretrained(scratch)
-        _copy(companions, scratch, chat_template)
+        _copy(companions, scratch, chat_template, card)
         if stop_ids:
             _add_stop_ids(scratch, config, stop_ids)
 
@@ -247,6 +253,7 @@ def save_adapter(
     tokenizer_from: str | os.PathLike[str] | None = None,
     *,
     chat_template: str = "",
+    card: str = "",
 ) -> None:
     """Writes the adapters of a decoder as a folder that `peft` and vLLM load.
 
@@ -258,6 +265,7 @@ def save_adapter(
       base: The name or folder of the frozen model, as `peft` is to find it.
       tokenizer_from: As in `save_pretrained`.
       chat_template: As in `save_pretrained`.
+      card: As in `save_pretrained`.
 
     Raises:
       UserError: If `path` exists or cannot be written.
@@ -287,7 +295,7 @@ def save_adapter(
     def write(scratch: Path) -> None:
         hf.write_adapter(model, scratch, base)
         if jax.process_index() == 0:
-            _copy(companions, scratch, chat_template)
+            _copy(companions, scratch, chat_template, card)
 
     _write_folder(path, write)
 
@@ -325,12 +333,14 @@ def _companions(source: str | os.PathLike[str] | None) -> list[Path]:
     return [folder / name for name in _COMPANIONS if (folder / name).is_file()]
 
 
-def _copy(files: Sequence[Path], folder: Path, chat_template: str) -> None:
-    """Copies them, and replaces the chat template if one is given."""
+def _copy(files: Sequence[Path], folder: Path, chat_template: str, card: str) -> None:
+    """Copies them, replaces the chat template if one is given, and writes the model card."""
     for file in files:
         shutil.copyfile(file, folder / file.name)
     if chat_template:
         (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+    if card:
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _add_stop_ids(folder: Path, config: PretrainedConfig, stop_ids: Sequence[int]) -> None:

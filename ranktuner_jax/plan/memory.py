@@ -43,7 +43,8 @@ def memory_gb(step: CompiledStep, program: Program) -> dict[str, float]:
     params, optimizer = shard_bytes(step.state.params), shard_bytes(step.state.opt_state)
     gradients = shard_bytes(step.state.params, jnp.float32)
     layers, activations, loss = step.model.num_layers, 0, 0
-    kept = {leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(step.state.params)}
+    parameters = jax.tree.leaves((step.state.params, step.state.base))
+    kept = {leaf.sharding.shard_shape(leaf.shape) for leaf in parameters}
     for _, one, _ in program.located():
         if one.opcode != "while":
             continue

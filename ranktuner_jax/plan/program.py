@@ -165,14 +165,17 @@ def _decoder(config: TrainConfig, shape: models.DecoderConfig, mesh: Mesh) -> mo
             f"lora.adapter: expected new adapters for a plan, got {lora.adapter}; set lora.rank to "
             "the rank that its adapter_config.json has"
         )
+    types = lora.types(train.param_dtype)
     model = models.Decoder(
         shape,
         rngs=nnx.Rngs(0),
-        param_dtype=jnp.dtype(lora.base or train.param_dtype),
+        param_dtype=types["param_dtype"],
         dtype=jnp.dtype(train.compute_dtype),
         remat=train.remat,
         mesh=mesh,
     )
+    if types["quantized"]:
+        models.quantize_layers(model, types["quantized"])
     if lora.new_adapters is not None:
         dtype = jnp.dtype(train.param_dtype)
         models.add_adapters(model, lora.new_adapters, rngs=nnx.Rngs(0), dtype=dtype)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import sys
 
-from ranktuner_jax import models
+from ranktuner_jax import evals, models
 from ranktuner_jax.errors import UserError
 from ranktuner_jax.train.config import MeshConfig
+from ranktuner_jax.train.recipe import RunResult
 from ranktuner_jax.train.run import Run
 from ranktuner_jax.train.runtime.mesh import make_mesh
 
@@ -23,6 +25,8 @@ def export(
     merge: bool = False,
 ) -> int:
     """Writes a checkpoint of a run as a Hugging Face folder, or its adapters as PEFT's.
+
+    README.md is the model card: base model, data, method, results and the command.
 
     Reads only the parameters from the checkpoint, and weights of the initial model only to merge.
 
@@ -52,7 +56,19 @@ def export(
     restored = run.restore_model(make_mesh(MeshConfig(data=1, fsdp=-1)), step, base=merge)
     for note in restored.notes:
         print(note, file=sys.stderr)
+    model = restored.state
     if merge:
-        models.merge_adapters(restored.state)
-    run.save_pretrained(restored.state, output)
+        model = run.unquantized(model)
+        models.merge_adapters(model)
+    run.save_pretrained(model, output, restored.step, _results(run, restored.step))
     return restored.step
+
+
+def _results(run: Run, step: int) -> dict[str, evals.EvalResult]:
+    """The evaluations of a finished run, if this is its last step."""
+    assert run.workdir is not None
+    file = run.workdir / "result.json"
+    if not file.exists():
+        return {}
+    result = RunResult.from_json(json.loads(file.read_text()))
+    return {"before": result.before, "after": result.after} if result.steps == step else {}

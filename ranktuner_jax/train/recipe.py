@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,7 @@ import jax
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from ranktuner_jax import evals, files
+from ranktuner_jax import evals, files, models
 from ranktuner_jax.errors import RunError
 from ranktuner_jax.train.config import TrainConfig
 from ranktuner_jax.train.hooks import Evaluate, Hook
@@ -101,7 +102,12 @@ def _train_and_evaluate(run: Run, hooks: Sequence[Hook]) -> RunResult:
     with run.trainer([evaluate, *hooks, *own[1:]]) as trainer:
         trainer.open_telemetry(run.steps)
         trained, frozen = (
-            sum(leaf.size for leaf in jax.tree.leaves(state))
+            sum(
+                math.prod(leaf.shape)
+                for leaf in jax.tree.leaves(
+                    state, is_leaf=lambda leaf: isinstance(leaf, models.Quantized)
+                )
+            )
             for state in nnx.state(run.model, nnx.Param, ...)
         )
         size = f"{trained + frozen:,} parameters" + f", {trained:,} trained" * bool(frozen)
@@ -127,7 +133,8 @@ def _train_and_evaluate(run: Run, hooks: Sequence[Hook]) -> RunResult:
         if jax.process_index() == 0 and exported.exists():
             exported.rmtree()
         multihost_utils.sync_global_devices("the old model folder is removed")
-        run.save_pretrained(trainer.model, exported)
+        results = {"before": before, "after": evaluate.result}
+        run.save_pretrained(trainer.model, exported, done.steps, results)
         paths = {
             # The workdir as the user wrote it: Orbax's path is absolute.
             "checkpoint": str(workdir / "checkpoints" / str(done.steps)),

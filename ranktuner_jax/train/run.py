@@ -8,7 +8,7 @@ import functools
 import math
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,6 +33,7 @@ from ranktuner_jax.train.hooks import (
     StopEarly,
 )
 from ranktuner_jax.train.runtime.mesh import check_batch, make_mesh, row_share
+from ranktuner_jax.train.saving.card import model_card
 from ranktuner_jax.train.saving.checkpoint import Checkpoints, Restored
 from ranktuner_jax.train.saving.workdir import claim_workdir
 from ranktuner_jax.train.step.optimizers import make_optimizer
@@ -171,24 +172,49 @@ class Run:
         return self._load(self.mesh)
 
     def _load(self, mesh: Mesh) -> models.Decoder:
+        model = self._load_base(mesh, **self.config.lora.types(self.config.train.param_dtype))
+        self._adapt(model)
+        return model
+
+    def _load_base(self, mesh: Mesh, **types: Any) -> models.Decoder:
         train = self.config.train
-        model = models.load_pretrained(
+        return models.load_pretrained(
             self.folder,
             mesh=mesh,
             dtype=jnp.dtype(train.compute_dtype),
-            param_dtype=jnp.dtype(self.config.lora.base or train.param_dtype),
             remat=train.remat,
+            **types,
         )
-        self._adapt(model)
-        return model
 
     def _adapt(self, model: models.Decoder) -> None:
         """Adds the initial adapters of the config, if it has any."""
         new, dtype = self.config.lora.new_adapters, jnp.dtype(self.config.train.param_dtype)
         if self.adapter is not None:
             models.load_adapter(model, self.adapter, dtype=dtype)
+            assert model.layers.lora is not None
+            dropout = self.config.lora.dropout
+            model.layers.lora = dataclasses.replace(model.layers.lora, dropout=dropout)
         elif new is not None:
             models.add_adapters(model, new, rngs=nnx.Rngs(self.config.seed), dtype=dtype)
+
+    def unquantized(self, model: models.Decoder) -> models.Decoder:
+        """A model whose frozen matrices are those of the run's folder, not rounded to 4 or 8 bits.
+
+        That is what PEFT's users merge, and what vLLM serves an adapter with.
+
+        Args:
+          model: One of this run's, with adapters; itself if its base is not quantised.
+        """
+        types = self.config.lora.types(self.config.train.param_dtype)
+        if not types["quantized"]:
+            return model
+        assert model.mesh is not None
+        assert model.layers.lora is not None
+        whole = self._load_base(model.mesh, **types | {"quantized": ""})
+        names = models.adapter_shapes(model.config, model.layers.lora)
+        factors = {name: getattr(model.layers, name).get_value() for name in names}
+        models.set_adapters(whole, model.layers.lora, factors)
+        return whole
 
     @functools.cached_property
     def weighting(self) -> losses.Weighting:
@@ -280,14 +306,27 @@ class Run:
             hooks.append(Profile(first, last))
         return hooks
 
-    def save_pretrained(self, model: models.Decoder, output: str | os.PathLike[str]) -> None:
-        """Writes a model as a Hugging Face folder, with the run's tokenizer and chat template.
+    def save_pretrained(
+        self,
+        model: models.Decoder,
+        output: str | os.PathLike[str],
+        steps: int | None = None,
+        results: Mapping[str, evals.EvalResult] | None = None,
+    ) -> None:
+        """Writes a model as a Hugging Face folder: tokenizer, chat template and model card as well.
 
         Of a model with adapters it is PEFT's folder, without the frozen parameters.
+
+        Args:
+          model: The model.
+          output: The folder, which must not exist yet.
+          steps: Steps after which the model was taken, for its card.
+          results: Evaluations for its card, by the heading of their column.
 
         Raises:
           UserError: If the folder exists or cannot be written.
         """
+        card = model_card(self.config, self.workdir or "", steps, results)
         template = self.config.data.chat_template and self.tokenizer.get_chat_template()
         if model.layers.lora is not None:
             models.save_adapter(
@@ -296,6 +335,7 @@ class Run:
                 base=self.config.model,
                 tokenizer_from=self.folder,
                 chat_template=template,
+                card=card,
             )
             return
         models.save_pretrained(
@@ -304,6 +344,7 @@ class Run:
             tokenizer_from=self.folder,
             chat_template=template,
             stop_ids=self.stop_ids,
+            card=card,
         )
 
     def restore_model(

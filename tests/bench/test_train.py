@@ -1,7 +1,7 @@
 """The benchmark of the step compares steps that compute the same, and names every ratio."""
 
+import json
 import pathlib
-import re
 from collections.abc import Callable
 
 import pytest
@@ -16,29 +16,22 @@ def test_all_cases_have_a_row_and_the_same_loss(
     torch: bool,
     tiny_config_file: pathlib.Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "150")
     arguments = [f"--config={tiny_config_file}", "--repeats=1", "--compute_dtype", "float32"]
-    assert cli.main(["bench", "train", *arguments]) == 0
+    assert cli.main(["bench", "train", *arguments, "--json"]) == 0
     shown = capsys.readouterr()
     names = ["RankTuner, fused", "RankTuner, dense"]
     if torch:
         names += ["torch, logits of all positions", "torch, hidden states filtered"]
-    lines = shown.out.splitlines()
-    losses = {
-        float(number)
-        for line in lines
-        if any(f"│ {name} " in line for name in names)
-        for number in re.findall(r"│ +(\d\.\d{4}) │", line)
-    }
+    records = {one["case"]: one["figures"] for one in json.loads(shown.out)}
+    assert sorted(records) == sorted([*names, "SFT, NLL only"])
+    losses = [records[name]["loss"] for name in names]
     assert max(losses) - min(losses) < 2e-4, losses
-    [plain] = [line for line in lines if "│ SFT, NLL only " in line]
-    [plain_loss] = re.findall(r"│ +(\d\.\d{4}) │", plain)
-    assert float(plain_loss) not in losses
-    for other in ["SFT, NLL only", *names[1:]]:
-        assert any(f"RankTuner, fused ÷ {other} " in line for line in lines), other
-    assert any("waiting for input ÷ total" in line for line in lines)
+    assert abs(records["SFT, NLL only"]["loss"] - losses[0]) > 2e-4
+    for found in records.values():
+        fused = records["RankTuner, fused"]["median_s"]
+        assert found["fused ÷ this"] == pytest.approx(fused / found["median_s"])
+    assert 0 < records["RankTuner, fused"]["waiting for input_share"] < 1
     assert "1/1  RankTuner, fused, float32" in shown.err
 
 

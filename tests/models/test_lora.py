@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from ranktuner_jax import evals, losses, models
 from ranktuner_jax.errors import UserError
+from ranktuner_jax.models.lora import drop_inputs
 from tests.models import tiny
 from tests.tolerances import BF16, F32, HF_LOGITS, LOSS_GRADIENT
 
@@ -206,6 +208,35 @@ def test_loss_and_gradients_agree_with_a_float64_oracle() -> None:
         np.testing.assert_allclose(ours / largest, theirs / largest, **LOSS_GRADIENT, err_msg=name)
 
 
+def test_dropout_leaves_out_inputs_of_adapters_by_step_row_layer_and_projection() -> None:
+    config = dataclasses.replace(SMALL, num_layers=2)
+    model = models.Decoder(config, rngs=nnx.Rngs(0))
+    adapted(model, models.Lora(rank=2, alpha=3.0, dropout=0.25))
+    tokens = jnp.array([[3, 4, 5, 6]] * 2)
+
+    def hidden(step: int, rows: list[int]) -> np.ndarray:
+        keys = models.dropout_keys(model, jnp.array(step), jnp.array(rows))
+        return np.asarray(forward(tokens, keys))
+
+    forward = jax.jit(lambda tokens, keys: model(tokens, dropout=keys))
+    first = hidden(0, [7, 8])
+    np.testing.assert_array_equal(hidden(0, [8, 7]), first[::-1])
+    for other in (first[1], hidden(1, [7, 8])[0], np.asarray(forward(tokens, None))[0]):
+        assert np.abs(first[0] - other).max() > 1e-3
+    # Each adapter sees its inputs on average: the same numbers would be dropped together.
+    x = jnp.ones((1, 100, 200))
+    keys = jax.random.split(jax.random.key(0), 1)
+    dropped = [np.asarray(drop_inputs(x, 0.25, keys, number)) for number in range(3)]
+    for one in dropped:
+        np.testing.assert_allclose(np.unique(one), [0, 4 / 3], rtol=1e-6)
+        assert abs(one.mean() - 1) < 4 * (0.25 / 0.75 / x.size) ** 0.5
+    for i in range(3):
+        both = np.mean((dropped[i] == 0) & (dropped[i - 1] == 0))
+        assert abs(both - 0.25**2) < 4 * (0.25**2 / x.size) ** 0.5
+    model.layers.lora = models.Lora(rank=2, alpha=3.0)
+    assert models.dropout_keys(model, jnp.array(0), jnp.array([7, 8])) is None
+
+
 def test_the_frozen_model_may_be_bfloat16_below_float32_adapters(folder: pathlib.Path) -> None:
     lora = models.Lora(rank=4, alpha=8.0)
     wide = logits(adapted(models.load_pretrained(folder), lora))
@@ -307,6 +338,7 @@ def test_tensors_that_do_not_belong_to_the_model_are_named(tmp_path: pathlib.Pat
         ({"rank": 0}, "lora.rank: expected more than 0, got 0"),
         ({"alpha": -1.0}, "lora.alpha: expected more than 0, got -1.0"),
         ({"targets": ("q", "lm_head")}, r"lora.targets: expected all, or .*, got 'lm_head'"),
+        ({"dropout": 1.0}, "lora.dropout: expected at least 0 and below 1, got 1.0"),
         ({"targets": ()}, "lora.targets: expected at least one projection, got none"),
     ],
     ids=str,

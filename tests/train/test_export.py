@@ -118,3 +118,9 @@ def test_an_export_equals_the_model_of_the_run_on_any_mesh(
     assert names == sorted(path.name for path in (run / "model").iterdir())
     for name in names:
         assert (exported / name).read_bytes() == (run / "model" / name).read_bytes()
+    assert "| plain NLL, nats a token |" in (exported / "README.md").read_text()
+    # An earlier checkpoint has not been evaluated.
+    assert export(run, tmp_path / "earlier", step=4) == 4
+    card = (tmp_path / "earlier" / "README.md").read_text()
+    assert "| steps | 4 |" in card
+    assert "plain NLL" not in card

@@ -62,7 +62,7 @@ SHAPE = models.DecoderConfig(
     qkv_bias=True,
     initializer_range=0.2,
 )
-KEYS: dict[str, object] = {"lora__rank": 4, "lora__alpha": 8, "optimizer__learning_rate": 3e-2}
+KEYS: dict[str, Any] = {"lora__rank": 4, "lora__alpha": 8, "optimizer__learning_rate": 3e-2}
 ARGUMENTS = [f"--config.{key.replace('__', '.')}={value}" for key, value in KEYS.items()]
 LORA = models.Lora(rank=4, alpha=8.0)
 ONE = MeshConfig(data=1)
@@ -148,7 +148,9 @@ def test_ten_steps_are_the_same_on_any_mesh(mesh: MeshConfig) -> None:
     results = []
     for where in (ONE, mesh):
         state, take, *_ = start(
-            LORA, make_optimizer(OptimizerConfig(learning_rate=2e-3), 10), where
+            dataclasses.replace(LORA, dropout=0.2),
+            make_optimizer(OptimizerConfig(learning_rate=2e-3), 10),
+            where,
         )
         # Not from zero, where A's first gradients are zero and the next ones nearly so: Adam would
         # enlarge their rounding.
@@ -350,6 +352,54 @@ def test_training_goes_on_from_an_adapter(finished: pathlib.Path, tiny_config: M
     assert run.model.unembed.dtype == jnp.bfloat16
 
 
+def test_a_run_on_a_quantised_base_resumes_and_is_merged_into_the_whole_one(
+    make: MakeConfig, tiny_model: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    shape = dataclasses.replace(
+        models.read_config(tiny_model),
+        hidden_size=64,
+        intermediate_size=64,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=64,
+    )
+    base = tmp_path / "base"
+    models.save_pretrained(models.Decoder(shape, rngs=nnx.Rngs(0)), base, tokenizer_from=tiny_model)
+    keys = {"lora__base": "nf4", "lora__dropout": 0.2, "checkpoint__every_steps": 0}
+    config = make(model=base, **keys)
+    trained = []
+    for workdir, resumed, steps in (
+        (None, 0, 3),
+        (tmp_path / "run", 0, 2),
+        (tmp_path / "run", 2, 3),
+    ):
+        run = Run.open(config, workdir=workdir)
+        trainer = run.trainer()
+        if resumed:
+            assert trainer.resume() == resumed  # The base has the same checksum.
+        trainer.fit(run.rows, steps, batch_size=8)
+        trained.append(by_name(nnx.state(trainer.model, nnx.Param)))
+    assert trainer.model.unembed.dtype == jnp.bfloat16
+    layers: Any = trainer.model.layers
+    assert layers.up.get_value().codes.dtype == jnp.uint8
+    for name, value in trained[0].items():  # Of the same bits, with the same dropout.
+        np.testing.assert_array_equal(value, trained[2][name])
+    assert np.abs(trained[0]["up_lora_b"] - trained[1]["up_lora_b"]).max() > 0
+    export(tmp_path / "run", tmp_path / "merged", merge=True)
+    export(tmp_path / "run", tmp_path / "adapter")
+    name = "model.layers.1.mlp.up_proj"
+    before, merged = (
+        load_file(folder / "model.safetensors")[f"{name}.weight"].astype(np.float32)
+        for folder in (base, tmp_path / "merged")
+    )
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    a, b = (tensors[f"base_model.model.{name}.lora_{factor}.weight"] for factor in "AB")
+    assert np.abs(b).max() > 0
+    # To bfloat16, twice; nf4 is off by a tenth of the largest.
+    expected = before + KEYS["lora__alpha"] / KEYS["lora__rank"] * b @ a
+    np.testing.assert_allclose(merged, expected, rtol=0, atol=2**-8 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -357,6 +407,7 @@ def test_training_goes_on_from_an_adapter(finished: pathlib.Path, tiny_config: M
         (["rank=4", "adapter=x"], "lora.rank: expected 0 with lora.adapter, .* got 4"),
         (["base=bfloat16"], "lora.base: expected a frozen model, got bfloat16 with lora.rank=0"),
         (["rank=4", "base=int3"], "lora.base: expected one of .*, got 'int3'"),
+        (["base=nf4"], "lora.base: expected a frozen model, got nf4 with lora.rank=0"),
         (["rank=4", "targets=q,w"], "lora.targets: expected all, or names .*, got 'w'"),
     ],
     ids=str,

@@ -1,4 +1,4 @@
-"""The README's commands for training on your own rows, run as written."""
+"""The commands of docs/start.md for training on your own rows, run as written."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from ranktuner_jax import cli
 ROOT = pathlib.Path(__file__).parents[2]
 [COMMANDS] = [
     block
-    for block in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    for block in re.findall(r"```bash\n(.*?)```", (ROOT / "docs/start.md").read_text(), re.DOTALL)
     if "path/to/rows.jsonl" in block
 ]
 
@@ -57,7 +57,7 @@ def run(commands: str, folder: pathlib.Path) -> subprocess.CompletedProcess[str]
 
 
 @pytest.mark.parametrize("kind", ROWS)
-def test_the_readmes_commands_train_on_any_rows(
+def test_the_pages_commands_train_on_any_rows(
     kind: str, tiny_model: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     folder = tmp_path / "path" / "to"

@@ -137,7 +137,7 @@ def write_adapter(model: Decoder, folder: Path, base: str) -> None:
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "use_rslora": lora.rslora,
-        "lora_dropout": 0.0,
+        "lora_dropout": lora.dropout,
         "target_modules": modules,
         "bias": "none",
         "fan_in_fan_out": False,

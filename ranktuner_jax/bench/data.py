@@ -17,12 +17,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 from rich.table import Table
 
 from ranktuner_jax import data, models
+from ranktuner_jax.bench.records import Record, add_json, show
+from ranktuner_jax.data.packing import fewest_rows
 from ranktuner_jax.errors import RunError, UserError
 from ranktuner_jax.train.commands import flags
 
@@ -39,6 +41,7 @@ class Measurement:
       conversations: Conversations read.
       tokens: Positions that hold a token.
       fill: Fraction of all positions that hold a token.
+      most: What no packing of these conversations exceeds; None if each has a row of its own.
       prepare_seconds: Reading, rendering, tokenizing and packing, once before training.
       batch_seconds: Assembling all rows into batches, as training does each epoch.
     """
@@ -46,6 +49,7 @@ class Measurement:
     conversations: int
     tokens: int
     fill: float
+    most: float | None
     prepare_seconds: float
     batch_seconds: float
 
@@ -71,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cores", type=int, nargs="+", help="numbers of cores to tokenize on [1 and all]"
     )
     flags.add_config(parser, default="smollm2_gsm_symbolic", groups=("model", "data"))
+    add_json(parser)
 
 
 def measure(config: data.DataConfig, model: str, batch_size: int) -> Measurement:
@@ -88,16 +93,21 @@ def measure(config: data.DataConfig, model: str, batch_size: int) -> Measurement
     # A built-in source is generated on first use, which should not be timed.
     next(data.read_source(config.source, config.split), None)
     start = time.perf_counter()
-    rows = data.load_rows(config, tokenizer)
+    rows = data.load_rows(config, tokenizer, min_rows=batch_size)
     packed = time.perf_counter()
     iterator = data.BatchIterator(rows, batch_size=batch_size)
     for _ in range(-(-len(rows) // batch_size)):
         next(iterator)
     batched = time.perf_counter()
+    most = None
+    if config.packing and not rows.summary.unpacked:
+        fewest = fewest_rows(rows.lengths, config.row_length)
+        most = rows.summary.tokens / (fewest * config.row_length)
     return Measurement(
         conversations=rows.summary.read,
         tokens=rows.summary.tokens,
         fill=rows.summary.fill,
+        most=most,
         prepare_seconds=packed - start,
         batch_seconds=batched - packed,
     )
@@ -139,7 +149,8 @@ def start() -> None:
     import transformers.models.auto  # noqa: F401
 
     memory, begin = _anonymous_gb(), time.perf_counter()
-    rows = data.load_rows(config, data.load_tokenizer(model, config.chat_template))
+    tokenizer = data.load_tokenizer(model, config.chat_template)
+    rows = data.load_rows(config, tokenizer, min_rows=batch_size)
     next(data.BatchIterator(rows, batch_size=min(batch_size, len(rows))))
     seconds = time.perf_counter() - begin
     result = Start(seconds, _anonymous_gb() - memory, rows.summary.tokens)
@@ -167,6 +178,9 @@ def run(args: argparse.Namespace) -> int:
         kept = dataclasses.replace(config.data, cache=f"{folder}/all")
         result = measure(kept, config.model, size)
         starts = _starts(kept, config.model, size, args.cores or sorted({1, available}), folder)
+    if args.json:
+        show(_records(result, starts), as_json=True)
+        return 0
     table = Table(box=None, show_header=False)
     table.add_column()
     table.add_column(justify="right")
@@ -174,11 +188,13 @@ def run(args: argparse.Namespace) -> int:
     table.add_row("conversations", f"{result.conversations:,}")
     table.add_row("tokens", f"{result.tokens:,}")
     table.add_row("rows filled", f"{result.fill:.1%}")
+    if result.most is not None:
+        table.add_row("at most, as long as they are", f"{result.most:.1%}")
     table.add_row("tokenize and pack", f"{result.tokens / result.prepare_seconds:,.0f} tokens/s")
     table.add_row("assemble batches", f"{result.tokens / result.batch_seconds:,.0f} tokens/s")
     console = Console(highlight=False)
     console.print(table)
-    console.print(starts)
+    console.print(_starts_table(starts))
     return 0
 
 
@@ -190,19 +206,46 @@ def _cores() -> int:
 
 def _starts(
     config: data.DataConfig, model: str, batch_size: int, cores: Sequence[int], folder: str
-) -> Table:
-    table = Table(box=None)
-    for name in ("start", "cores", "to the first batch", "tokens/s", "anonymous memory"):
-        table.add_column(name, justify="left" if name == "start" else "right")
+) -> list[tuple[str, int, Start]]:
+    """A cold and a warm start on each number of cores."""
+    starts = []
     for count in cores:
         kept = dataclasses.replace(config, cache=f"{folder}/{count}")
         for name in ("cold", "warm"):
-            one = measure_start(kept, model, batch_size, count)
-            table.add_row(
-                name,
-                f"{count}",
-                f"{one.seconds:,.2f} s",
-                f"{one.tokens / one.seconds:,.0f}",
-                f"{one.anonymous_gb:.2f} GB",
-            )
+            starts.append((name, count, measure_start(kept, model, batch_size, count)))
+    return starts
+
+
+def _records(result: Measurement, starts: Sequence[tuple[str, int, Start]]) -> Iterator[Record]:
+    figures: dict[str, dict[str, float | None]] = {
+        "tokenize and pack": {
+            "conversations": result.conversations,
+            "tokens": result.tokens,
+            "filled_share": result.fill,
+            "filled_share_at_most": result.most,
+            "tokens_per_s": result.tokens / result.prepare_seconds,
+        },
+        "assemble batches": {"tokens_per_s": result.tokens / result.batch_seconds},
+    }
+    for name, count, one in starts:
+        figures[f"{name} start, {count} cores"] = {
+            "to the first batch_s": one.seconds,
+            "tokens_per_s": one.tokens / one.seconds,
+            "anonymous_bytes": one.anonymous_gb * 1e9,
+        }
+    return (Record("data", "the input pipeline", name, each) for name, each in figures.items())
+
+
+def _starts_table(starts: Sequence[tuple[str, int, Start]]) -> Table:
+    table = Table(box=None)
+    for name in ("start", "cores", "to the first batch", "tokens/s", "anonymous memory"):
+        table.add_column(name, justify="left" if name == "start" else "right")
+    for name, count, one in starts:
+        table.add_row(
+            name,
+            f"{count}",
+            f"{one.seconds:,.2f} s",
+            f"{one.tokens / one.seconds:,.0f}",
+            f"{one.anonymous_gb:.2f} GB",
+        )
     return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -20,6 +21,9 @@ class BatchIterator:
     `batch_size` examples, and process p takes the p-th of `process_count` equal runs of them.
     The position is therefore one number, and a run can resume at exactly the same example with
     another number of processes or another batch size. The state follows grain's protocol.
+
+    If rows have several widths, all rows of a global batch have the same one, in every process,
+    and the batch size cannot change.
 
     Args:
       rows: The data set.
@@ -58,7 +62,7 @@ class BatchIterator:
                 f"got {batch_size}"
             )
         self._rows = rows
-        self._order = rows.order(seed)
+        self._order = rows.order(seed, batch_size)
         self._seed = seed
         self._batch_size = batch_size
         self._share = batch_size // process_count
@@ -71,7 +75,8 @@ class BatchIterator:
     def __next__(self) -> Batch[np.ndarray]:
         first = self._next + self._offset
         self._next += self._batch_size
-        return self._rows.take([int(self._order[first + i]) for i in range(self._share)])
+        indices = [self._order[first + i] for i in range(self._share)]
+        return self._rows.take(indices, self._rows.width(indices[0]))
 
     @property
     def epoch(self) -> float:
@@ -83,8 +88,15 @@ class BatchIterator:
         return {
             "next_row": self._next,
             "seed": self._seed,
-            "fingerprint": self._rows.fingerprint,
+            "fingerprint": self._fingerprint,
         }
+
+    @property
+    def _fingerprint(self) -> int:
+        """That of the rows, and of the batch size where the order depends on it."""
+        rows = self._rows.fingerprint
+        several = len(self._rows.widths) > 1
+        return zlib.crc32(repr(self._batch_size).encode(), rows) if several else rows
 
     def set_state(self, state: Mapping[str, int]) -> None:
         """Continues from a position that `get_state` returned.
@@ -92,9 +104,10 @@ class BatchIterator:
         Raises:
           UserError: If the position belongs to other rows or to another order.
         """
-        if state["fingerprint"] != self._rows.fingerprint or state["seed"] != self._seed:
+        if state["fingerprint"] != self._fingerprint or state["seed"] != self._seed:
             raise UserError(
                 "data: the checkpoint's position belongs to other rows (its data, tokenizer, "
-                "seed, row_length or packing differ); restore these, or use a new workdir"
+                "seed, row_length, packing, packer, or widths and batch size differ); restore "
+                "these, or use a new workdir"
             )
         self._next = state["next_row"]

@@ -21,7 +21,7 @@ from ranktuner_jax.data.chat import ChatEncoder
 from ranktuner_jax.data.chats import Facts, Part
 from ranktuner_jax.data.config import DataConfig
 from ranktuner_jax.data.encode import Split
-from ranktuner_jax.data.packing import Groups, best_fit, packing_order
+from ranktuner_jax.data.packing import PACKERS, Groups
 from ranktuner_jax.data.summary import Summary
 from ranktuner_jax.data.workers import Workers
 from ranktuner_jax.errors import UserError
@@ -48,12 +48,14 @@ class Tokenized:
       parts: Their tokens.
       summary: Counts of the source's rows.
       row_length: Positions of a row.
+      packer: How rows are filled.
       folder: Where they are kept; None if they are in memory only.
     """
 
     parts: Sequence[Part]
     summary: Summary
     row_length: int
+    packer: str
     folder: epath.Path | None = None
 
     def packed(self, lengths: np.ndarray, seed: int) -> Groups:
@@ -63,10 +65,10 @@ class Tokenized:
           lengths: The positions of each sample.
           seed: Determines which ones.
         """
-        path = self.folder and self.folder / f"rows-{seed}.arrow"
+        path = self.folder and self.folder / f"rows-{self.packer}-{seed}.arrow"
         if path is not None and (kept := cache_files.read_kept(path)) is not None:
             return Groups(**kept)
-        groups = best_fit(lengths, self.row_length, packing_order(lengths, seed))
+        groups = PACKERS[self.packer](lengths, self.row_length, seed)
         if path is not None:
             write_arrays(path, {"items": groups.items, "stops": groups.stops})
         return groups
@@ -95,7 +97,7 @@ def tokenize(
     summary = Summary(config.row_length)
     chats = list(split.samples(encoder, summary, limit=limit))
     summary.supervised = sum(int(chat.mask[1:].sum()) for chat in chats)
-    return Tokenized([Part.of(chats)], summary, config.row_length)
+    return Tokenized([Part.of(chats)], summary, config.row_length, config.packer)
 
 
 def is_kept(split: Split) -> bool:
@@ -170,6 +172,7 @@ class _Cache:
             parts,
             Summary.of(manifest["counts"]),
             self._split.config.row_length,
+            self._split.config.packer,
             self._folder,
         )
 

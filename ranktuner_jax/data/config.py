@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ranktuner_jax.data.packing import PACKERS
 from ranktuner_jax.errors import UserError
 
 __all__ = ["DataConfig"]
@@ -34,6 +35,10 @@ class DataConfig:
       strip_calculator_marks: Whether to remove GSM8K's `<<48/2=24>>`.
       row_length: Tokens per row, the T of a batch.
       packing: Whether several conversations share a row.
+      packer: Which ones do: `subset_sum` takes for each row those that fill it best; `best_fit`
+        puts each into the fullest row with room, as all runs did up to version 0.2.
+      widths: Without packing, how many widths rows have, from 1 to 4. A step has rows of one
+        width, and is compiled for each. With 1 all rows have `row_length` tokens.
       on_bad_row: `error` reports the first bad row and stops; `skip` counts bad rows.
       too_long: How to treat a conversation longer than a row: `error`, `truncate` or `drop`;
         the last two are counted.
@@ -63,6 +68,8 @@ class DataConfig:
     strip_calculator_marks: bool = False
     row_length: int = 1024
     packing: bool = True
+    packer: str = "subset_sum"
+    widths: int = 1
     on_bad_row: str = "error"
     too_long: str = "error"
     cache: str = "auto"
@@ -71,10 +78,12 @@ class DataConfig:
         for name, allowed in (
             ("on_bad_row", ("error", "skip")),
             ("too_long", ("error", "truncate", "drop")),
+            ("packer", tuple(PACKERS)),
+            ("widths", (1, 2, 3, 4)),
         ):
             if getattr(self, name) not in allowed:
                 raise UserError(
-                    f"data.{name}: expected one of {', '.join(allowed)}, "
+                    f"data.{name}: expected one of {', '.join(map(str, allowed))}, "
                     f"got {getattr(self, name)!r}"
                 )
         if not (0 <= self.holdout < 1 or self.holdout % 1 == 0 < self.holdout):
@@ -84,6 +93,11 @@ class DataConfig:
             )
         if self.row_length < 2:
             raise UserError(f"data.row_length: expected at least 2, got {self.row_length}")
+        if self.packing and self.widths > 1:
+            raise UserError(
+                f"data.widths: expected 1 with data.packing, which fills rows, got {self.widths}; "
+                "set data.packing=False"
+            )
         if bool(self.prompt_column) != bool(self.completion_column):
             raise UserError(
                 "data.prompt_column and data.completion_column: expected both or neither, got "

@@ -22,7 +22,7 @@ Example:
   >>> print(rows.summary)
   3 conversations, 2 rows of 10 (75.0% filled), 15 tokens (40.0% supervised)
   >>> next(BatchIterator(rows, batch_size=2)).tokens.tolist()
-  [[2, 3, 2, 1, 4, 0, 0, 0, 0, 0], [2, 3, 2, 1, 4, 2, 3, 2, 1, 4]]
+  [[2, 3, 2, 1, 4, 2, 3, 2, 1, 4], [2, 3, 2, 1, 4, 0, 0, 0, 0, 0]]
   >>> examples[0].prompt_tokens, examples[0].completion_tokens
   ((2, 3, 2, 1), (4, 1))
 """
@@ -44,6 +44,7 @@ from ranktuner_jax.data.encode import Split
 from ranktuner_jax.data.packing import Groups
 from ranktuner_jax.data.rows import Rows
 from ranktuner_jax.data.summary import Summary
+from ranktuner_jax.data.widths import choose_widths
 from ranktuner_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def load_rows(
       split: Read instead of `config.split`; `holdout` for the conversations held out of it.
       seed: Determines which conversations share a row.
       min_rows: If packing would give fewer rows than this (the batch size), each conversation
-        gets its own row.
+        gets its own row. If rows have several widths, each has at least so many rows.
       limit: Read only about so many conversations, the first ones; all if None. A mixture's
         sources contribute in proportion to their weights.
 
@@ -133,14 +134,28 @@ def load_rows(
     summary.lengths = chats.lengths - 1
     summary.tokens = int(summary.lengths.sum(dtype=np.int64))
     summary.rows = sum(map(len, layouts))
-    return Rows(
+    widths: Sequence[int] = ()
+    if config.widths > 1:  # Each conversation has a row.
+        counts = list(map(len, layouts))
+        shares = np.repeat([w / n for n, (_, w) in zip(counts, mixture, strict=True)], counts)
+        widths = choose_widths(
+            summary.lengths,
+            shares,
+            config.row_length,
+            count=config.widths,
+            least=min_rows,
+        )
+    rows = Rows(
         chats,
         Groups.join(layouts),
         row_length=config.row_length,
         summary=summary,
         parts=[(len(layout), weight) for layout, (_, weight) in zip(layouts, mixture, strict=True)],
         sources=[(source, len(store)) for (source, _), store in zip(mixture, stores, strict=True)],
+        widths=widths,
     )
+    summary.widths = rows.widths
+    return rows
 
 
 def share_of(limit: int | None, weight: float, mixture: Sequence[tuple[str, float]]) -> int | None:

@@ -36,6 +36,7 @@ class Summary:
         a batch.
       row_length: Positions per row.
       lengths: Positions of each sample.
+      widths: The number of rows of each width, if rows have several.
     """
 
     row_length: int
@@ -51,6 +52,7 @@ class Summary:
     rows: int = 0
     unpacked: bool = False
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    widths: Mapping[int, int] = field(default_factory=dict)
 
     def counts(self) -> dict[str, Any]:
         """The counts of the source's rows, as JSON types."""
@@ -75,13 +77,19 @@ class Summary:
     @property
     def fill(self) -> float:
         """Fraction of all positions that hold a token."""
-        return self.tokens / max(1, self.rows * self.row_length)
+        widths = self.widths or {self.row_length: self.rows}
+        return self.tokens / max(1, sum(width * rows for width, rows in widths.items()))
 
     def __str__(self) -> str:
+        widths, padded = [*self.widths] or [self.row_length], ""
+        if len(widths) > 1:
+            alone = self.tokens / (self.rows * self.row_length)
+            padded = f", {alone:.1%} if all had {self.row_length:,}"
         parts = [
             f"{self.read - self.held_out:,} conversations"
             + f" and {self.held_out:,} held out" * bool(self.held_out),
-            f"{self.rows:,} rows of {self.row_length:,} ({self.fill:.1%} filled)",
+            f"{self.rows:,} rows of {' / '.join(f'{width:,}' for width in widths)} "
+            f"({self.fill:.1%} filled{padded})",
             f"{self.tokens:,} tokens ({self.supervised / max(1, self.tokens):.1%} supervised)",
         ]
         if self.unpacked:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from jax.sharding import Mesh
@@ -24,6 +24,9 @@ class BatchSource:
       mesh: Determines which rows this process reads.
       batch_size: Rows per step; required for rows, not allowed for batches.
       seed: Seed of the order of the rows.
+
+    Attributes:
+      widths: The lengths that rows may have; empty if all have that of the first.
 
     Raises:
       ValueError: If the batch size is missing for rows, or given for batches.
@@ -48,6 +51,9 @@ class BatchSource:
                 process_index=reader,
                 process_count=readers,
             )
+        self.widths: Collection[int] = ()
+        if isinstance(self._given, data.Rows):
+            self.widths = self._given.widths
         self._iterator: Any = iter(batches)
 
     def wraps(self, batches: Batches) -> bool:

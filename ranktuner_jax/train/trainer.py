@@ -452,7 +452,7 @@ class Trainer:
         while self.steps_done < steps and not self._stop_reason:
             number = self.steps_done + 1
             self._calls.before_step(self, number)
-            batch = self._program.place(source.next(number))
+            batch = self._program.place(source.next(number), source.widths)
             if self._program.compile(self.state, batch):
                 log.restart_clock()
             metrics = self._take_step(batch, hold)

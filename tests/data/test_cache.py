@@ -5,6 +5,7 @@ import fcntl
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import zlib
@@ -35,6 +36,7 @@ from ranktuner_jax.data.checksums import combine
 from ranktuner_jax.data.encode import Split
 from ranktuner_jax.errors import RunError, UserError
 from tests.buckets import bucket
+from tests.train import processes
 
 WriteJsonl = Callable[..., str]
 Sums = Callable[..., list[dict[str, Any]]]
@@ -258,7 +260,9 @@ def flip(path: pathlib.Path, at: float) -> None:
 
 
 @pytest.mark.parametrize("at", [0.0, 0.01, 0.2, 0.35, 0.5, 0.7, 0.8, 0.9, 0.97, 1.0])
-@pytest.mark.parametrize("name", ["000002.arrow", "index.arrow", "cache.json", "rows-0.arrow"])
+@pytest.mark.parametrize(
+    "name", ["000002.arrow", "index.arrow", "cache.json", "rows-subset_sum-0.arrow"]
+)
 def test_a_wrong_bit_is_never_trained_on(
     folder: pathlib.Path, path: str, tokenizer: Any, name: str, at: float
 ) -> None:
@@ -382,12 +386,11 @@ def start(name):
         os._exit(0)
     return child
 
-begin = time.monotonic()
 os.waitpid(start("unbroken"), 0)
-whole = time.monotonic() - begin
 for i in range(8):
     child = start("killed")
-    time.sleep(whole * (i + 1) / 9)
+    while len(glob.glob(f"{folder}/killed/*/0*.arrow")) < 200 * (i + 1) / 9:
+        time.sleep(0.001)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     finished = glob.glob(f"{folder}/killed/*/cache.json")
@@ -430,7 +433,60 @@ def test_killed_builders_and_those_that_build_together_leave_the_same_bits(
         assert [file.read_bytes() for file in parts(tmp_path / name)] == whole
         [left] = (tmp_path / name).iterdir()
         others = {file.name for file in left.iterdir()} - {file.name for file in parts(left.parent)}
-        assert others == {"cache.json", "index.arrow", "rows-0.arrow"}
+        assert others == {"cache.json", "index.arrow", "rows-subset_sum-0.arrow"}
+
+
+RUN = """
+import os, signal, sys, time
+from pathlib import Path
+import jax
+_, address, process = sys.argv
+jax.distributed.initialize(address, 2, int(process))
+from ranktuner_jax.data import DataConfig, cache as cached, load_rows, load_tokenizer, workers
+from ranktuner_jax.data.cache_builder import Builder
+cached._ROWS, workers._PARTS_PER_PROCESS = 8, 1000
+write, made, beside = Builder._write, [], Path(cache)
+
+def note(builder, part, number):
+    if process == "1" and len(made) == 3:  # In the middle of its fourth part.
+        part.with_name(f"{part.name}.partial-1").write_bytes(b"half")
+        (beside / "killed").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    while process == "0" and len(made) == 3 and not (beside / "killed").exists():
+        time.sleep(0.01)
+    write(builder, part, number)
+    made.append(number)
+
+Builder._write = note
+rows = load_rows(DataConfig(path, row_length=256, cache=cache), load_tokenizer(model))
+rows.take(range(len(rows)))
+print(*made, rows.fingerprint, flush=True)
+os._exit(0)  # Not waiting for the other process.
+"""
+
+
+def test_of_two_processes_of_a_run_each_makes_its_share_and_one_goes_on_when_the_other_dies(
+    write_jsonl: WriteJsonl, sums: Sums, tokenizer: Any, tmp_path: pathlib.Path
+) -> None:
+    path = write_jsonl(*sums(80))
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "cache").mkdir()
+    names = (
+        f"model, path, cache = {str(tmp_path / 'model')!r}, {path!r}, {str(tmp_path / 'cache')!r}"
+    )
+    started = processes.start_script(names + RUN)
+    output = [process.communicate(timeout=120)[0] for process in started]
+    assert [process.returncode for process in started] == [0, -signal.SIGKILL]
+    *made, fingerprint = map(int, output[0].split())
+    # Its own five parts, and then those that the other has not made.
+    assert (made[:5], sorted(made[5:])) == ([0, 2, 4, 6, 8], [7, 9])
+    config = DataConfig(path, row_length=256, cache=str(tmp_path / "cache"))
+    expected = load_rows(dataclasses.replace(config, cache="never"), tokenizer)
+    assert fingerprint == expected.fingerprint
+    written = [part.stat().st_mtime_ns for part in parts(tmp_path / "cache")]
+    assert same(load_rows(config, tokenizer), expected)
+    assert [part.stat().st_mtime_ns for part in parts(tmp_path / "cache")] == written
+    assert not list((tmp_path / "cache").glob("*/*partial*"))
 
 
 # --- on an object store ---
@@ -455,14 +511,14 @@ def test_a_cache_on_an_object_store_is_read_through_copies(
     shutil.rmtree(cache)
     rows = load_rows(config, tokenizer)
     copies = cache / "fetched"
-    assert {file.name for file in copies.glob("*/*")} == {"index.arrow", "rows-0.arrow"}
+    assert {file.name for file in copies.glob("*/*")} == {"index.arrow", "rows-subset_sum-0.arrow"}
     rows.conversation(10)
     assert {file.name for file in copies.glob("*/0*")} == {"000001.arrow"}
     assert same(rows, expected)
     assert len(written) == 8
 
 
-@pytest.mark.parametrize("name", ["000003.arrow", "index.arrow", "rows-0.arrow"])
+@pytest.mark.parametrize("name", ["000003.arrow", "index.arrow", "rows-subset_sum-0.arrow"])
 @pytest.mark.parametrize("where", ["copy", "object"])
 def test_a_broken_copy_is_fetched_and_a_broken_object_made_again(
     cache: pathlib.Path,

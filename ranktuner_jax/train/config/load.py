@@ -32,6 +32,9 @@ CODE = "config.py"
 
 _T = TypeVar("_T")
 
+# Keys that decide results, with what runs did that were begun before there were these keys.
+_BEFORE = {"data": {"packer": "best_fit"}}
+
 # Group -> the key that selects a method, which determines the group's options.
 _METHODS = {"loss": "weighting", "optimizer": "name"}
 
@@ -93,7 +96,7 @@ def read_config(workdir: str | os.PathLike[str], overrides: Sequence[str] = ()) 
 
 
 def read_config_json(path: epath.Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Reads a config saved as JSON; keys added since then have their defaults.
+    """Reads a config saved as JSON; keys added since then have their defaults, or do as before.
 
     Raises:
       UserError: If the file cannot be read.
@@ -104,6 +107,9 @@ def read_config_json(path: epath.Path, overrides: Sequence[str] = ()) -> TrainCo
         raise UserError(
             f"--workdir: expected the config of a run at {path}, got {error}"
         ) from error
+    for group, values in _BEFORE.items():
+        if isinstance(chosen.get(group), Mapping):  # Otherwise _update reports the error.
+            chosen[group] = {**values, **chosen[group]}
     return _from_config_dict(TrainConfig, _apply_overrides(_complete(chosen, str(path)), overrides))
 
 

@@ -1,8 +1,8 @@
-"""The compiled train step: compiled once, for the shape of the first batch."""
+"""The compiled train step: compiled once for the shape of the first batch, and of each width."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -20,7 +20,9 @@ __all__ = ["StepProgram"]
 
 
 class StepProgram:
-    """Places batches on the mesh and updates the state; other batch shapes are an error.
+    """Places batches on the mesh and updates the state.
+
+    It is compiled once for each length of rows.
 
     Args:
       mesh: The mesh.
@@ -34,11 +36,15 @@ class StepProgram:
     def __init__(self, mesh: Mesh, accumulation: int, options: Mapping[str, Any]) -> None:
         self._mesh, self._accumulation, self._options = mesh, accumulation, options
         self._shapes: Batch | None = None
-        self._program: Any = None
+        self._programs: dict[tuple[int, ...], Any] = {}
         self.off = jax.device_put(np.asarray(False), NamedSharding(mesh, PartitionSpec()))
 
-    def place(self, batch: Batch | Mapping[str, Any]) -> Batch:
+    def place(self, batch: Batch | Mapping[str, Any], widths: Collection[int] = ()) -> Batch:
         """This process's rows as global arrays.
+
+        Args:
+          batch: The rows.
+          widths: Other lengths than the first batch's that rows may have, in all processes.
 
         Raises:
           UserError: If the rows cannot be divided, or differ in shape from the first batch.
@@ -50,7 +56,7 @@ class StepProgram:
             _, readers = row_share(self._mesh)
             check_batch(self._mesh, readers * len(rows.tokens), self._accumulation)
             self._shapes = shapes
-        elif self._shapes != shapes:
+        elif shapes != _of_width(self._shapes, shapes.tokens[-1], widths):
             raise UserError(
                 f"batches: expected the shape of the first one, {self._shapes.tokens}, got "
                 f"{shapes.tokens}; pad the rows, or drop the batch"
@@ -59,19 +65,21 @@ class StepProgram:
 
     def compile(self, state: TrainState, batch: Batch) -> bool:
         """Compiles the step ahead of time; returns False if it already was."""
-        if self._program is not None:
+        if batch.tokens.shape in self._programs:
             return False
         step = make_train_step(state, self._mesh, **self._options)
-        self._program = step.lower(state, batch, self.off).compile()
+        self._programs[batch.tokens.shape] = step.lower(state, batch, self.off).compile()
         return True
 
     @property
     def memory_gb(self) -> float | None:
         """What the compiled step needs on each device; None before it is compiled, or if unknown.
 
-        Its arguments, which include the state, and the largest sum of all that lives beside them.
+        Its arguments, which include the state, and the largest sum of all that lives beside them;
+        of the longest rows so far.
         """
-        memory = self._program and self._program.memory_analysis()
+        longest = max(self._programs, default=None)
+        memory = longest and self._programs[longest].memory_analysis()
         if not memory:
             return None
         # What is returned in the place of donated arguments is counted once.
@@ -83,8 +91,20 @@ class StepProgram:
     ) -> tuple[TrainState, Metrics]:
         """Takes a step; the state is donated."""
         self.compile(state, batch)
-        stepped: tuple[TrainState, Metrics] = self._program(state, batch, hold)
+        stepped: tuple[TrainState, Metrics] = self._programs[batch.tokens.shape](state, batch, hold)
         return stepped
+
+
+def _of_width(shapes: Batch, width: int, widths: Collection[int]) -> Batch:
+    """The shapes of a batch whose rows are of this length, if it is one of `widths`."""
+    if width not in widths:
+        return shapes
+    return Batch(
+        **{
+            name: (*shape[:-1], width) if len(shape) > 1 else shape
+            for name, shape in vars(shapes).items()
+        }
+    )
 
 
 def _check_everywhere(shape: tuple[int, ...]) -> None:

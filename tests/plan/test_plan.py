@@ -13,6 +13,7 @@ from flax import nnx
 from ranktuner_jax import cli, models
 from ranktuner_jax.errors import UserError
 from ranktuner_jax.plan import make_plan, topologies
+from ranktuner_jax.plan.program import compile_step, read_model
 from ranktuner_jax.train import TrainConfig, Trainer, load_config, make_mesh, make_optimizer
 from ranktuner_jax.train.step.schedules import make_schedule
 
@@ -80,9 +81,24 @@ def test_flops_are_those_of_the_model_and_its_recomputation(folder: pathlib.Path
     assert full.model_flops == kept.model_flops < kept.flops
 
 
+FSDP = ["--config.mesh.data=1", "--config.mesh.fsdp=8", "--config.train.compute_dtype=float32"]
+
+
+def test_fsdp_holds_no_more_than_a_layer_of_any_stack(folder: pathlib.Path) -> None:
+    shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    # With five layers no array but a stack has the size of one, whatever XLA makes of shapes.
+    (folder / "config.json").write_text(json.dumps(shape | {"num_hidden_layers": 5}))
+    config = config_of(folder, *FSDP, "--config.train.accumulation=2")
+    step = compile_step(config, read_model(config), topologies.devices("cpu:8"))
+    shapes = [leaf.shape for leaf in jax.tree.leaves(step.state.params) if leaf.ndim > 2]
+    held = {array.size for _, one, _ in step.program().located() for array in one.arrays}
+    assert len(shapes) == 7
+    assert all(math.prod(shape[1:]) in held for shape in shapes)  # A layer is gathered whole.
+    assert not any(math.prod(shape) in held for shape in shapes)
+
+
 def test_fsdp_gathers_each_layer_twice_and_sums_each_gradient_once(folder: pathlib.Path) -> None:
-    keys = ["--config.mesh.data=1", "--config.mesh.fsdp=8", "--config.train.compute_dtype=float32"]
-    plan = make_plan(config_of(folder, *keys), "cpu:8")
+    plan = make_plan(config_of(folder, *FSDP), "cpu:8")
     layers = 3 * (64 * (4 + 2 + 2 + 4) * 16 + 3 * 64 * 192)
     embeddings = 2 * 512 * 64
     sent = {one.kind: one.num_bytes for one in plan.collectives if one.axes == ("fsdp",)}

@@ -93,21 +93,28 @@ def chip_of(device: jax.Device, compute_dtype: str = "bfloat16") -> Chip:
 
 @functools.cache
 def _measured_cpu(compute_dtype: str) -> Chip:
-    """This machine's, by a large matrix product and a large copy."""
+    """This machine's, by a large matrix product and the largest of many numbers."""
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        square = jnp.ones((1024, 1024), compute_dtype)
-        flops = 2 * 1024**3 / _seconds(jax.jit(jnp.matmul), square, square)
-        array = jnp.ones(32 * 2**20, jnp.float32)
-        bandwidth = 2 * array.nbytes / _seconds(jax.jit(lambda x: x + 1), array)
-    return Chip("cpu", None, flops, bandwidth, None)
+        square = jnp.ones((2048, 2048), compute_dtype)
+        # Summed in float32, as the model does: other products take a CPU's slower path.
+        product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+        seconds = _seconds(jax.jit(product), square, square)
+        array = jnp.ones(64 * 2**20, jnp.float32)
+        # Read only: a result's memory would be new each time, and cleared first.
+        reading = _seconds(jax.jit(jnp.max), array)
+    # A step multiplies all the time, and caches hold part of what it reads: the median of the one,
+    # the best of the other.
+    return Chip(
+        "cpu", None, 2 * 2048**3 / float(np.median(seconds)), array.nbytes / min(reading), None
+    )
 
 
-def _seconds(function: jax.stages.Wrapped, *inputs: jax.Array) -> float:
-    """The median time of a call."""
+def _seconds(function: jax.stages.Wrapped, *inputs: jax.Array) -> list[float]:
+    """The time of each of nine calls."""
     jax.block_until_ready(function(*inputs))
     times = []
-    for _ in range(7):
+    for _ in range(9):
         start = time.perf_counter()
         jax.block_until_ready(function(*inputs))
         times.append(time.perf_counter() - start)
-    return float(np.median(times))
+    return times

@@ -382,7 +382,7 @@ def start(name):
         config = DataConfig(path, row_length=256, cache=f"{folder}/{name}")
         rows = load_rows(config, tokenizer)
         rows.take(range(len(rows)))
-        print(name, rows.fingerprint, flush=True)
+        os.write(1, f"{name} {rows.fingerprint}\\n".encode())  # In one piece.
         os._exit(0)
     return child
 

@@ -115,7 +115,7 @@ def test_a_model_is_quantised_while_it_is_read_and_divided_over_a_mesh(
 
 
 def test_reading_never_holds_a_whole_stack_of_matrices(tmp_path: pathlib.Path) -> None:
-    deep = dataclasses.replace(SHAPE, num_layers=12, intermediate_size=1024)
+    deep = dataclasses.replace(SHAPE, num_layers=24, intermediate_size=1024)
     models.save_pretrained(models.Decoder(deep, rngs=nnx.Rngs(0)), tmp_path / "deep")
     models.load_pretrained(tmp_path / "deep", quantized="nf4")  # Compiles.
     tracemalloc.start()
@@ -128,7 +128,7 @@ def test_reading_never_holds_a_whole_stack_of_matrices(tmp_path: pathlib.Path) -
     # What NumPy holds: the quantised parts of a stack, twice, one matrix in float32, as it is read,
     # and as bytes; and Python.
     parts = 2 * (up.codes.nbytes + up.scales.nbytes)
-    assert peak < parts + 3 * stack / deep.num_layers + 0.5e6 < 0.7 * stack
+    assert peak < parts + 3 * stack / deep.num_layers + 1.5e6 < 0.7 * stack
 
 
 def whole_stacks(jaxpr: Any) -> Iterator[str]:

@@ -194,6 +194,7 @@ def test_a_reference_that_the_grader_cannot_use_is_named_before_anything_is_samp
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.drill
 def test_another_evaluation_in_the_folder_ends_both_of_two_processes(
     command: list[str], whole: pathlib.Path
 ) -> None:

@@ -370,7 +370,10 @@ def two_processes(config: pathlib.Path, workdir: pathlib.Path) -> list[subproces
     return started
 
 
-@pytest.mark.parametrize(("receiver", "number"), [(0, signal.SIGINT), (1, signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("receiver", "number"),
+    [pytest.param(0, signal.SIGINT, marks=pytest.mark.drill), (1, signal.SIGTERM)],
+)
 def test_a_signal_to_one_process_stops_both_at_the_same_step(
     receiver: int, number: signal.Signals, tiny_config_file: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
@@ -386,7 +389,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(
     assert not (tmp_path / "broken").exists()
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.drill), 1])
 def test_when_one_process_dies_the_other_exits_with_a_message(
     victim: int, tiny_config_file: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

@@ -232,6 +232,7 @@ def test_a_run_saves_adapters_and_nothing_of_the_base(
     assert sum(sizes.values()) - 3 * sum(params.values()) < 8
 
 
+@pytest.mark.drill
 def test_a_run_that_was_killed_resumes_to_the_same_bits(
     finished: pathlib.Path, make: MakeConfig, tiny_config_file: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

@@ -56,7 +56,7 @@ def run(commands: str, folder: pathlib.Path) -> subprocess.CompletedProcess[str]
     )
 
 
-@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("kind", ["answers", pytest.param("turns", marks=pytest.mark.drill)])
 def test_the_pages_commands_train_on_any_rows(
     kind: str, tiny_model: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

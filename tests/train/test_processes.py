@@ -43,7 +43,12 @@ def alone(
 # Either each process has half of the rows, and the model is evaluated before training; or each has
 # all rows and half of the model, and that evaluation is in the cache since the run `alone`.
 @pytest.mark.parametrize(
-    ("mesh", "cached"), [({"data": 8}, False), ({"data": 1, "tensor": 8}, True)], ids=str
+    ("mesh", "cached"),
+    [
+        pytest.param({"data": 8}, False, marks=pytest.mark.drill),
+        ({"data": 1, "tensor": 8}, True),
+    ],
+    ids=str,
 )
 def test_two_processes_train_evaluate_and_export_like_one(
     mesh: dict[str, int],

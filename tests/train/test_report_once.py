@@ -34,6 +34,7 @@ def test_an_error_in_both_processes_is_printed_once(
     assert message in line
 
 
+@pytest.mark.drill
 def test_different_errors_of_two_processes_are_both_printed(
     tiny_config_file: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 # Starts two processes that JAX takes for tasks of SLURM, and writes their ids to a file.
@@ -34,6 +36,7 @@ def write_script(path: pathlib.Path, body: str) -> None:
     path.chmod(0o755)
 
 
+@pytest.mark.drill
 def test_a_preempted_job_is_requeued_and_finishes(
     tmp_path: pathlib.Path, tiny_config_file: pathlib.Path
 ) -> None:

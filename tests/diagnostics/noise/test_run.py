@@ -199,6 +199,7 @@ def test_a_stopped_run_goes_on_with_the_same_result(
     assert (tmp_path / "part/results.json").read_text() == (whole / "results.json").read_text()
 
 
+@pytest.mark.drill
 def test_two_processes_give_the_result_of_one(
     command: list[str], whole: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

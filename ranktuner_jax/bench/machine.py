@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import pathlib
-import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+
+from ranktuner_jax.train.telemetry.utilisation import measured_flops
 
 __all__ = ["describe_machine"]
 
@@ -21,8 +21,8 @@ def describe_machine() -> dict[str, Any]:
     Returns:
       `name`, of the device, or of the processor if that is the device; `backend`; `devices`;
       `cores`, those that this process may use; `jax`, its version; `load`, that of the last minute;
-      and `peak_flops`: FLOP/s of a large matrix product on one device, by dtype, measured now in
-      JAX's default precision, which for float32 is TF32 on NVIDIA's newer devices.
+      and `peak_flops`: FLOP/s of the fastest of ten large matrix products on one device, by dtype,
+      measured now in JAX's default precision, which for float32 is TF32 on NVIDIA's newer devices.
 
     Example:
       >>> machine = describe_machine()
@@ -39,7 +39,7 @@ def describe_machine() -> dict[str, Any]:
         "cores": len(affinity(0)) if affinity else os.cpu_count(),
         "jax": jax.__version__,
         "load": os.getloadavg()[0],
-        "peak_flops": {dtype: _peak_flops(dtype, size) for dtype in DTYPES},
+        "peak_flops": {dtype: max(measured_flops(dtype, size)) for dtype in DTYPES},
     }
 
 
@@ -50,17 +50,3 @@ def _processor() -> str:
         lines = []
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return next(names, "cpu")
-
-
-def _peak_flops(dtype: str, size: int) -> float:
-    """FLOP/s of the fastest of several products of two square matrices."""
-    # Random numbers, for a device draws less power with ones, and then runs faster.
-    square = jax.random.normal(jax.random.key(0), (size, size), dtype)
-    product = jax.jit(jnp.matmul).lower(square, square).compile()
-    jax.block_until_ready(product(square, square))
-    seconds = []
-    for _ in range(10):
-        start = time.perf_counter()
-        jax.block_until_ready(product(square, square))
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds)

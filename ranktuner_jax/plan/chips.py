@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
+import timeit
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from ranktuner_jax.errors import UserError
+from ranktuner_jax.train.telemetry.utilisation import measured_flops
 
 __all__ = ["Chip", "chip_of"]
 
@@ -93,28 +94,13 @@ def chip_of(device: jax.Device, compute_dtype: str = "bfloat16") -> Chip:
 
 @functools.cache
 def _measured_cpu(compute_dtype: str) -> Chip:
-    """This machine's, by a large matrix product and the largest of many numbers."""
+    """This machine's, by large matrix products and by reading an array."""
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        square = jnp.ones((2048, 2048), compute_dtype)
-        # Summed in float32, as the model does: other products take a CPU's slower path.
-        product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
-        seconds = _seconds(jax.jit(product), square, square)
+        # A step multiplies all the time, and caches hold part of what it reads: the median of the
+        # one, the best of the other.
+        flops = float(np.median(measured_flops(compute_dtype, 2048)))
         array = jnp.ones(64 * 2**20, jnp.float32)
         # Read only: a result's memory would be new each time, and cleared first.
-        reading = _seconds(jax.jit(jnp.max), array)
-    # A step multiplies all the time, and caches hold part of what it reads: the median of the one,
-    # the best of the other.
-    return Chip(
-        "cpu", None, 2 * 2048**3 / float(np.median(seconds)), array.nbytes / min(reading), None
-    )
-
-
-def _seconds(function: jax.stages.Wrapped, *inputs: jax.Array) -> list[float]:
-    """The time of each of nine calls."""
-    jax.block_until_ready(function(*inputs))
-    times = []
-    for _ in range(9):
-        start = time.perf_counter()
-        jax.block_until_ready(function(*inputs))
-        times.append(time.perf_counter() - start)
-    return times
+        read = jax.jit(jnp.max)
+        seconds = timeit.repeat(lambda: read(array).block_until_ready(), number=1, repeat=10)
+    return Chip("cpu", None, flops, array.nbytes / min(seconds), None)

@@ -20,6 +20,7 @@ from ranktuner_jax.data import Batch
 from ranktuner_jax.errors import UserError
 from ranktuner_jax.plan.hlo import Program
 from ranktuner_jax.train.config import TrainConfig
+from ranktuner_jax.train.random_model import random_model
 from ranktuner_jax.train.runtime.mesh import BATCH_AXES, check_batch, make_mesh
 from ranktuner_jax.train.step.optimizers import make_optimizer
 from ranktuner_jax.train.step.schedules import make_schedule
@@ -120,11 +121,16 @@ def compile_step(
       TooLargeError: If XLA finds that the step needs more memory than a device has.
     """
     start = time.perf_counter()
-    train, loss = config.train, config.loss
+    train, loss, lora = config.train, config.loss, config.lora
+    if lora.adapter:
+        raise UserError(
+            f"lora.adapter: expected new adapters for a plan, got {lora.adapter}; set lora.rank to "
+            "the rank that its adapter_config.json has"
+        )
     mesh = make_mesh(config.mesh, devices)
     check_batch(mesh, train.batch_size, train.accumulation)
     model = dataclasses.replace(model, vocab_multiple=max(1, mesh.shape["tensor"]))
-    abstract = nnx.eval_shape(lambda: _decoder(config, model, mesh))
+    abstract = nnx.eval_shape(lambda: random_model(config, model, mesh))
     steps = train.steps
     state = abstract_state(abstract, make_optimizer(config.optimizer, steps), mesh)
     shares = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
@@ -153,33 +159,7 @@ def compile_step(
     memory = compiled.memory_analysis()
     text = compiled.as_text() or ""
     seconds = time.perf_counter() - start
-    lora = config.lora.new_adapters
-    return CompiledStep(model, lora, mesh, sizes, state, text, memory, seconds)
-
-
-def _decoder(config: TrainConfig, shape: models.DecoderConfig, mesh: Mesh) -> models.Decoder:
-    """The model of a run, with new adapters if it trains those."""
-    train, lora = config.train, config.lora
-    if lora.adapter:
-        raise UserError(
-            f"lora.adapter: expected new adapters for a plan, got {lora.adapter}; set lora.rank to "
-            "the rank that its adapter_config.json has"
-        )
-    types = lora.types(train.param_dtype)
-    model = models.Decoder(
-        shape,
-        rngs=nnx.Rngs(0),
-        param_dtype=types["param_dtype"],
-        dtype=jnp.dtype(train.compute_dtype),
-        remat=train.remat,
-        mesh=mesh,
-    )
-    if types["quantized"]:
-        models.quantize_layers(model, types["quantized"])
-    if lora.new_adapters is not None:
-        dtype = jnp.dtype(train.param_dtype)
-        models.add_adapters(model, lora.new_adapters, rngs=nnx.Rngs(0), dtype=dtype)
-    return model
+    return CompiledStep(model, lora.new_adapters, mesh, sizes, state, text, memory, seconds)
 
 
 def _batch(mesh: Mesh, sizes: Sizes) -> Batch[Any]:

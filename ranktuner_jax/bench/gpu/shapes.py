@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from flax import nnx
 
 from ranktuner_jax import data, models
 from ranktuner_jax.train import Run, TrainConfig
+from ranktuner_jax.train.random_model import random_model
 
 __all__ = ["QWEN3_06B", "TINY", "random_batch", "random_run"]
 
@@ -38,20 +38,8 @@ TINY = models.DecoderConfig(
 
 def random_run(model: models.DecoderConfig, config: TrainConfig) -> Run:
     """A run over all devices, of a model with random weights in the place of the config's."""
-    train, lora, rngs = config.train, config.lora, nnx.Rngs(0)
-    run, types = Run.open(config), lora.types(train.param_dtype)
-    run.model = models.Decoder(
-        model,
-        rngs=rngs,
-        dtype=train.compute_dtype,
-        param_dtype=types["param_dtype"],
-        remat=train.remat,
-        mesh=run.mesh,
-    )
-    if types["quantized"]:
-        models.quantize_layers(run.model, types["quantized"])
-    if lora.new_adapters is not None:
-        models.add_adapters(run.model, lora.new_adapters, rngs=rngs, dtype=train.param_dtype)
+    run = Run.open(config)
+    run.model = random_model(config, model, run.mesh)
     return run
 
 

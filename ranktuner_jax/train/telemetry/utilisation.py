@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import resource
 import sys
+import time
 from typing import TYPE_CHECKING
 
 import jax
+import jax.numpy as jnp
 
 from ranktuner_jax import models
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["PEAK_FLOPS", "Utilisation", "peak_flops", "step_flops"]
+__all__ = ["PEAK_FLOPS", "Utilisation", "measured_flops", "peak_flops", "step_flops"]
 
 # Dense bfloat16 FLOP/s of one JAX device, as specified by its vendor, by prefix of `device_kind`;
 # the first match counts. TPUs: the page of each version under
@@ -55,6 +58,32 @@ def peak_flops(device_kind: str) -> float | None:
         return rest != device_kind and not rest[:1].isalnum()
 
     return next((peak for name, peak in PEAK_FLOPS.items() if fits(name)), None)
+
+
+def measured_flops(dtype: str, size: int) -> list[float]:
+    """FLOP/s of each of ten products of two square matrices, on the first device.
+
+    They are summed in float32, as the model's are: a CPU's units for 16 bits do no others.
+
+    Args:
+      dtype: Of the matrices.
+      size: Their rows and columns.
+
+    Example:
+      >>> min(measured_flops("bfloat16", 64)) > 0
+      True
+    """
+    # Random numbers, for a device draws less power with ones, and then runs faster.
+    square = jax.random.normal(jax.random.key(0), (size, size), dtype)
+    function = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+    product = jax.jit(function).lower(square, square).compile()
+    jax.block_until_ready(product(square, square))
+    found = []
+    for _ in range(10):
+        start = time.perf_counter()
+        jax.block_until_ready(product(square, square))
+        found.append(2 * size**3 / (time.perf_counter() - start))
+    return found
 
 
 def step_flops(

@@ -116,22 +116,22 @@ def chunk_gradients(
     labels: Int[Array, "C"],
     operands: Operands,
     projection: Projection,
-    d_unembed: Float[Array, "V D"],
+    d_unembed: Float[Array, "V D"] | None,
     d_bias: Float[Array, "V"] | None,
-) -> tuple[Float[Array, "C D"], Float[Array, "V D"], Float[Array, "V"] | None]:
+) -> tuple[Float[Array, "C D"], Float[Array, "V D"] | None, Float[Array, "V"] | None]:
     """Gradients of Σ weights · nll, where weights are constants.
 
     Returns:
-      The gradient of `hidden`, and `d_unembed` and `d_bias` with this chunk's added.
+      The gradient of `hidden`, and `d_unembed` and `d_bias`, unless None, with this chunk's added.
     """
     share = (weights / softmax.normalizer)[:, None]
-    hidden, unembed, dtype = operands.hidden, operands.unembed, d_unembed.dtype
+    hidden, unembed, dtype = operands.hidden, operands.unembed, logits.dtype
     label_tile, label_column, _ = projection.locate(labels)
 
     def add_tile(
         index: Int[Array, ""],
-        carry: tuple[Float[Array, "C D"], Float[Array, "V D"], Float[Array, "V"] | None],
-    ) -> tuple[Float[Array, "C D"], Float[Array, "V D"], Float[Array, "V"] | None]:
+        carry: tuple[Float[Array, "C D"], Float[Array, "V D"] | None, Float[Array, "V"] | None],
+    ) -> tuple[Float[Array, "C D"], Float[Array, "V D"] | None, Float[Array, "V"] | None]:
         d_hidden, d_unembed, d_bias = carry
         tile = lax.dynamic_index_in_dim(logits, index, 0, keepdims=False)
         target = jnp.where(label_tile == index, label_column, -1)
@@ -146,7 +146,8 @@ def chunk_gradients(
         grad = grad.astype(hidden.dtype)
         rows = projection.take_tile(unembed, index).astype(hidden.dtype)
         d_hidden += dot(grad, rows, (1, 0), dtype)
-        d_unembed = projection.add_to_tile(d_unembed, dot(grad, hidden, (0, 0), dtype), index)
+        if d_unembed is not None:
+            d_unembed = projection.add_to_tile(d_unembed, dot(grad, hidden, (0, 0), dtype), index)
         return d_hidden, d_unembed, d_bias
 
     zeros = mark_varying(jnp.zeros(hidden.shape, dtype), varying_axes((hidden, unembed)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -32,7 +32,7 @@ class LoopState:
       stats: Statistics of each slot.
       weights: Weight of each slot; 0 where it is empty.
       grads: The gradient of Σ weights · nll: `hidden` by slot, `unembed` and `bias`
-        summed so far; None where only the loss is wanted.
+        summed so far, or None if they are constants; None where only the loss is wanted.
     """
 
     stats: TokenStats
@@ -40,8 +40,16 @@ class LoopState:
     grads: Operands | None
 
 
-def run_chunks(plan: Plan, inputs: LossInputs, *, gradients: bool) -> tuple[Compaction, LoopState]:
-    """Runs the loop in the form that suits the backend it is compiled for."""
+def run_chunks(
+    plan: Plan, inputs: LossInputs, *, gradients: Collection[str] = ()
+) -> tuple[Compaction, LoopState]:
+    """Runs the loop in the form that suits the backend it is compiled for.
+
+    Args:
+      plan: How.
+      inputs: On what.
+      gradients: Operands to differentiate by: none, or `hidden` and any of the others.
+    """
     compaction = Compaction.of(inputs.tokens.mask, plan.chunk_sizes)
 
     def loop(for_cpu: bool) -> Callable[..., LoopState]:
@@ -54,7 +62,9 @@ def run_chunks(plan: Plan, inputs: LossInputs, *, gradients: bool) -> tuple[Comp
     return compaction, state
 
 
-def _loop(plan: Plan, gradients: bool, compaction: Compaction, inputs: LossInputs) -> LoopState:
+def _loop(
+    plan: Plan, gradients: Collection[str], compaction: Compaction, inputs: LossInputs
+) -> LoopState:
     """Runs as many chunks as the supervised tokens fill."""
     projection, operands, tokens = plan.projection, inputs.operands, inputs.tokens
     hidden_dtype = operands.hidden.dtype
@@ -77,11 +87,11 @@ def _loop(plan: Plan, gradients: bool, compaction: Compaction, inputs: LossInput
     )
     grads = None
     if gradients:
-        unembed, bias = operands.unembed, operands.bias
-        grads = Operands(
-            hidden=zeros(slots, operands.hidden.shape[1], dtype=hidden_dtype, axes=matrix_axes),
-            unembed=zeros(*unembed.shape, axes=matrix_axes),
-            bias=None if bias is None else zeros(*bias.shape, axes=matrix_axes),
+        by: Any = {name: getattr(operands, name) for name in gradients}
+        by = Operands(**dict.fromkeys(("hidden", "unembed", "bias")) | by)
+        grads = dataclasses.replace(
+            jax.tree.map(lambda x: zeros(*x.shape, axes=matrix_axes), by),
+            hidden=zeros(slots, by.hidden.shape[1], dtype=hidden_dtype, axes=matrix_axes),
         )
     state = LoopState(stats, zeros(slots), grads)
 
@@ -105,10 +115,11 @@ def _loop(plan: Plan, gradients: bool, compaction: Compaction, inputs: LossInput
         weights = jnp.where(compaction.filled(start, size), weights, 0)
         grads = state.grads
         if grads is not None:
-            d_hidden, d_unembed, d_bias = chunk_gradients(
+            sums: Any
+            d_hidden, *sums = chunk_gradients(
                 logits, softmax, weights, labels, chunk, projection, grads.unembed, grads.bias
             )
-            grads = Operands(put(grads.hidden, d_hidden.astype(hidden_dtype)), d_unembed, d_bias)
+            grads = Operands(put(grads.hidden, d_hidden.astype(hidden_dtype)), *sums)
         stats = jax.tree.map(put, state.stats, stats)
         return LoopState(stats, put(state.weights, weights), grads), logits
 

@@ -192,7 +192,7 @@ def local_token_stats(
     tokens = dataclasses.replace(tokens, token_weights=None)
     operands = lax.stop_gradient(operands)
     inputs = LossInputs.of(operands, tokens, None, 1.0, plan.projection.vocab_axis)
-    compaction, state = run_chunks(plan, inputs, gradients=False)
+    compaction, state = run_chunks(plan, inputs)
 
     def restore(x: Float[Array, "S"]) -> Float[Array, "..."]:
         return compaction.restore(x, inputs.tokens.mask).reshape(tokens.labels.shape)

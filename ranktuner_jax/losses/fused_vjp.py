@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from ranktuner_jax.losses.chunk_loop import LoopState, run_chunks
 from ranktuner_jax.losses.compaction import Compaction
@@ -22,11 +23,16 @@ if TYPE_CHECKING:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def weighted_total(plan: Plan, inputs: LossInputs) -> LossOutput:
     """The sums of the loss; only `total` is differentiable, with respect to the operands."""
-    return _output(plan, *run_chunks(plan, inputs, gradients=False))
+    return _output(plan, *run_chunks(plan, inputs))
 
 
-def _forward(plan: Plan, inputs: LossInputs) -> tuple[LossOutput, tuple[Operands, Operands]]:
-    compaction, state = run_chunks(plan, inputs, gradients=True)
+def _forward(plan: Plan, inputs: Any) -> tuple[LossOutput, tuple[Operands, Operands]]:
+    # Each array comes with whether the loss is differentiated by it. A frozen matrix has no
+    # gradient: where there are several chunks, XLA would not see that nobody reads it.
+    matrices = {"unembed": inputs.operands.unembed, "bias": inputs.operands.bias}
+    by = ["hidden", *(name for name, x in matrices.items() if x is not None and x.perturbed)]
+    inputs = jax.tree.map(lambda leaf: leaf.value, inputs)
+    compaction, state = run_chunks(plan, inputs, gradients=by)
     assert state.grads is not None
     d_hidden = compaction.restore(state.grads.hidden, inputs.tokens.mask)
     grads = dataclasses.replace(state.grads, hidden=d_hidden)
@@ -38,16 +44,21 @@ def _forward(plan: Plan, inputs: LossInputs) -> tuple[LossOutput, tuple[Operands
 def _backward(
     plan: Plan, residuals: tuple[Operands, Operands], cotangent: LossOutput
 ) -> tuple[LossInputs]:
-    def scaled(grad: Float[Array, "..."], like: Float[Array, "0"]) -> Float[Array, "..."]:
+    none: Any = None
+    if isinstance(cotangent.total, SymbolicZero):
+        return (LossInputs(none, none, none, none),)
+
+    def scaled(grad: Float[Array, "..."] | None, like: Float[Array, "0"]) -> Any:
+        if grad is None:
+            return None
         return (grad * cotangent.total.astype(grad.dtype)).astype(like.dtype)
 
-    d_operands = jax.tree.map(scaled, *residuals)
+    d_operands = jax.tree.map(scaled, *residuals, is_leaf=lambda leaf: leaf is None)
     # All other inputs make up the weights, which are constants.
-    none: Any = None
     return (LossInputs(d_operands, none, none, none),)
 
 
-weighted_total.defvjp(_forward, _backward)
+weighted_total.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _output(plan: Plan, compaction: Compaction, state: LoopState) -> LossOutput:

@@ -68,7 +68,10 @@ class TokenInputs:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Operands:
-    """What the logits are made of, hidden @ unembed.T + bias; or the gradient by each."""
+    """What the logits are made of, hidden @ unembed.T + bias; or the gradient by each.
+
+    As a gradient, None stands for what is not differentiated by.
+    """
 
     hidden: Float[Array, "... D"]
     unembed: Float[Array, "V D"]

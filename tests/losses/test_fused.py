@@ -288,20 +288,31 @@ def test_jit_traces_once() -> None:
 
 
 def test_matmuls_are_one_two_and_three() -> None:
-    problem = make_problem(4, 12, features=32, vocab=96)
-
-    def loss(hidden: Array, unembed: Array) -> Array:
-        return losses.fused_weighted_nll(
-            hidden, unembed, problem.labels, problem.mask, chunk_size=16
-        ).total
-
-    for function, matmuls in (
-        (loss, 1),
-        (jax.grad(loss), 2),
-        (jax.grad(loss, argnums=(0, 1)), 3),
+    # In the second, several chunks and tiles are loops in a loop.
+    for problem in (
+        make_problem(4, 12, features=32, vocab=96),
+        make_problem(4, 50, features=32, vocab=5000),
     ):
-        text, _ = compiled(function, problem.hidden, problem.unembed)
-        assert text.count(" dot(") == matmuls
+
+        def loss(hidden: Array, unembed: Array, problem: Any = problem) -> Array:
+            return losses.fused_weighted_nll(
+                hidden, unembed, problem.labels, problem.mask, chunk_size=16
+            ).total
+
+        for function, matmuls in (
+            (loss, 1),
+            (jax.grad(loss), 2),
+            (jax.grad(loss, argnums=(0, 1)), 3),
+        ):
+            text, _ = compiled(function, problem.hidden, problem.unembed)
+            assert text.count(" dot(") == matmuls
+
+
+def test_a_sum_without_a_gradient_has_one_of_zero() -> None:
+    def tokens(hidden: Array) -> Array:
+        return losses.fused_weighted_nll(hidden, PROBLEM.unembed, PROBLEM.labels).metrics["nll"]
+
+    assert not np.any(jax.grad(tokens)(jnp.asarray(PROBLEM.hidden)))
 
 
 def test_memory_is_a_fraction_of_dense() -> None:

@@ -60,6 +60,7 @@ COMMANDS = {
     "bench data": ("ranktuner_jax.bench.data", "measure the speed of the input pipeline"),
     "bench audit": ("ranktuner_jax.bench.audit", "measure the speed of an audit"),
     "bench sample": ("ranktuner_jax.bench.sample", "measure the speed of the sampler"),
+    "bench plan": ("ranktuner_jax.bench.plan", "measure steps beside the times that plans give"),
     "bench gpu": (
         "ranktuner_jax.bench.gpu.command",
         "measure a GPU in ten minutes: what is right on it, and how fast it is",

@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "lab": {"errors", "files", "models", "data", "evals"},
     "compare": {"errors", "files", "losses", "models", "data", "evals", "diagnostics", "train"},
     "plan": {"errors", "files", "models", "data", "train"},
-    "bench": {"errors", "losses", "models", "data", "evals", "diagnostics", "train"},
+    "bench": {"errors", "losses", "models", "data", "evals", "diagnostics", "train", "plan"},
     "cli": {
         *("errors", "losses", "models", "data", "evals", "diagnostics", "train", "bench"),
         *("lab", "compare", "plan"),

@@ -27,6 +27,7 @@ class Chip:
       flops: FLOP/s of matrix products, in bfloat16 if it has units for them.
       memory_bandwidth: Bytes/s of its main memory.
       network_bandwidth: Bytes/s that it sends to its neighbors over all links; None if it has none.
+      dcn_bandwidth: Its share of the bytes/s that its slice sends to others; None if not known.
     """
 
     kind: str
@@ -34,16 +35,18 @@ class Chip:
     flops: float
     memory_bandwidth: float
     network_bandwidth: float | None
+    dcn_bandwidth: float | None = None
 
 
 # The chip's interconnect, bit/s one way over all links, from the page of each version under
-# https://docs.cloud.google.com/tpu/docs (v5e: "1600 Gbps", elsewhere "bidirectional 400 GBps"); and
-# the cores that are one device in JAX.
-_TPUS = {
-    "TPU v4": (2400e9, 2),
-    "TPU v5 lite": (1600e9, 1),
-    "TPU v5": (4800e9, 2),
-    "TPU v6 lite": (3584e9, 1),
+# https://docs.cloud.google.com/tpu/docs (v5e: "1600 Gbps", elsewhere "bidirectional 400 GBps"); its
+# share of the data center's network, from there too (v5e and v6e: that of a pod of 256 chips, 6.4
+# and 25.6 Tbps; v4: not given); and the cores that are one device in JAX.
+_TPUS: dict[str, tuple[float, float | None, int]] = {
+    "TPU v4": (2400e9, None, 2),
+    "TPU v5 lite": (1600e9, 25e9, 1),
+    "TPU v5": (4800e9, 50e9, 2),
+    "TPU v6 lite": (3584e9, 100e9, 1),
 }
 # NVIDIA's data sheets: memory, bandwidth, dense bfloat16, NVLink (both ways together).
 _GPUS = {
@@ -79,7 +82,7 @@ def chip_of(device: jax.Device, compute_dtype: str = "bfloat16") -> Chip:
     # JAX's own constants, which it has by the core.
     from jax.experimental.pallas import tpu as pltpu
 
-    network, cores = _TPUS[kind]
+    network, dcn, cores = _TPUS[kind]
     abstract = AbstractDevice(kind, num_cores=cores, platform="tpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=abstract)):
         info = pltpu.get_tpu_info()
@@ -89,6 +92,7 @@ def chip_of(device: jax.Device, compute_dtype: str = "bfloat16") -> Chip:
         cores * info.bf16_ops_per_second,
         cores * info.mem_bw_bytes_per_second,
         network / 8,
+        dcn and dcn / 8,
     )
 
 

@@ -91,13 +91,13 @@ def _search(config: TrainConfig, args: argparse.Namespace) -> int:
     command = ["plan", f"--config={args.config}", f"--topology={args.topology}", "--json"]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-        chosen = found[: args.search]
-        task = progress.add_task("compiling", total=len(chosen))
+        task = progress.add_task("compiling", total=min(args.search, len(found)))
         tried = search.rank(
             search.try_all(
-                chosen,
+                found,
                 config,
                 [*command, *args.overrides],
+                args.search,
                 lambda count, _: progress.update(task, completed=count),
             )
         )
@@ -110,8 +110,8 @@ def _search(config: TrainConfig, args: argparse.Namespace) -> int:
         if fits:
             keys = " ".join(f"--config.{k}={v}" for k, v in tried[0].settings.items())
             console.print(f"the fastest that fits: {keys}", soft_wrap=True)
-        elif len(chosen) < len(found):
-            console.print(f"none fits; {len(found) - len(chosen)} more to try: raise --search")
+        elif len(tried) < len(found):
+            console.print(f"none fits; {len(found) - len(tried)} more to try: raise --search")
         else:
             console.print("none fits: take more devices, or shorter rows")
     if not any(one.plan for one in tried):

@@ -183,7 +183,7 @@ class Program:
             for one in self.computations[name].instructions.values():
                 if one.opcode in _REDUCTIONS:
                     continue
-                trips = self.trips(one) if one.opcode == "while" else 1.0
+                trips = self.trips(self.computations[name], one) if one.opcode == "while" else 1.0
                 for called in self._called(one):
                     # Every branch counts: of the step's, all but one do next to nothing.
                     add(called, times * trips)
@@ -191,8 +191,8 @@ class Program:
         add(self.entry.name, 1.0)
         return runs
 
-    def trips(self, loop: Instruction) -> float:
-        """How often a loop runs: up to the constant that its counter is compared with."""
+    def trips(self, computation: Computation, loop: Instruction) -> float:
+        """How often a loop runs: from where its counter begins to what it is compared with."""
         if match := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
             return float(match[1])
         assert loop.condition is not None
@@ -201,9 +201,9 @@ class Program:
             if one.opcode != "compare":
                 continue
             for operand in condition.inputs(one) or condition.instructions.values():
-                match = re.match(r"(\d+)\)", operand.attributes)
-                if operand.opcode == "constant" and match:
-                    return float(match[1])
+                end = _constant(operand)
+                if end is not None:
+                    return end - _begin(computation, loop, condition.inputs(one))
         return self._dynamic_trips(loop.op_name)
 
     def _called(self, one: Instruction) -> Iterator[str]:
@@ -312,6 +312,23 @@ _REDUCTIONS = frozenset(
         *("all-reduce", "all-reduce-start", "reduce-scatter"),
     )
 )
+
+
+def _constant(one: Instruction) -> float | None:
+    """The value of a whole constant."""
+    match = re.match(r"(\d+)\)", one.attributes)
+    return float(match[1]) if one.opcode == "constant" and match else None
+
+
+def _begin(computation: Computation, loop: Instruction, compared: list[Instruction]) -> float:
+    """Where the counter of a loop begins: not at 0 if XLA takes its first iteration out of it."""
+    for one in compared:
+        match = re.search(r"index=(\d+)", one.attributes)
+        [state] = computation.inputs(loop)
+        if one.opcode == "get-tuple-element" and match and state.opcode == "tuple":
+            counter = computation.inputs(state)[int(match[1])]
+            return _constant(_through(computation, counter)) or 0.0
+    return 0.0
 
 
 def _through(computation: Computation, one: Instruction) -> Instruction:

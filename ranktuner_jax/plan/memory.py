@@ -45,13 +45,16 @@ def memory_gb(step: CompiledStep, program: Program) -> dict[str, float]:
     layers, activations, loss = step.model.num_layers, 0, 0
     parameters = jax.tree.leaves((step.state.params, step.state.base))
     kept = {leaf.sharding.shard_shape(leaf.shape) for leaf in parameters}
-    for _, one, _ in program.located():
+    for computation, one, _ in program.located():
         if one.opcode != "while":
             continue
         carried = [array for array in one.arrays if array.in_hbm]
         if "chunks_of_" in one.op_name:
             loss = max(loss, _distinct(carried))
-        elif program.trips(one) == layers and "transpose" not in one.op_name:
+        elif (
+            program.trips(computation, one) in (layers, layers - 1)
+            and "transpose" not in one.op_name
+        ):
             stacked = [a for a in carried if a.shape[:1] == (layers,) and a.shape not in kept]
             activations = max(activations, sum(array.num_bytes for array in stacked))
     arguments = memory.argument_size_in_bytes

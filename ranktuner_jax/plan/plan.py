@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
+
+import jax
 
 from ranktuner_jax.plan import topologies
 from ranktuner_jax.plan.chips import Chip, chip_of
@@ -14,7 +17,7 @@ from ranktuner_jax.plan.program import compile_step, read_model
 from ranktuner_jax.plan.roofline import Roofline, roofline
 from ranktuner_jax.train.config import TrainConfig
 
-__all__ = ["LargeArray", "Plan", "make_plan"]
+__all__ = ["LargeArray", "Plan", "make_plan", "plan_for"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +91,7 @@ class Plan:
             "collective_gb": dict(total_gb(self.collectives)),
             "collectives": [dataclasses.asdict(one) for one in self.collectives],
             "step_seconds": [low, high],
+            "dcn_seconds": self.roofline.dcn_seconds,
             "tokens_per_second": [self.tokens / high, self.tokens / low],
             "mfu": [self.mfu(high), self.mfu(low)],
             "hours": None if self.steps is None else [self.hours(low), self.hours(high)],
@@ -117,7 +121,11 @@ def make_plan(config: TrainConfig, topology: str) -> Plan:
       UserError: If there is no such topology, its devices are not known, or the mesh, the batch or
         the model do not suit it.
     """
-    devices = topologies.devices(topology)
+    return plan_for(config, topologies.devices(topology), topology)
+
+
+def plan_for(config: TrainConfig, devices: Sequence[jax.Device], topology: str) -> Plan:
+    """Like `make_plan`, for given devices, which may be attached; `topology` is their name."""
     chip = chip_of(devices[0], config.train.compute_dtype)
     step = compile_step(config, read_model(config), devices)
     program = step.program()

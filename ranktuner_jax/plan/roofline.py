@@ -31,7 +31,9 @@ class Roofline:
       compute_seconds: Its FLOPs at the peak of the device.
       memory_seconds: What it reads and writes, at the bandwidth of its memory.
       busy_seconds: Operation by operation, the longer of these two.
-      network_seconds: What it sends, over all links.
+      network_seconds: What it sends to its neighbors, over all links.
+      dcn_seconds: What it sends to other slices, at its share of the data center's network; None if
+        that is not known.
     """
 
     flops: float
@@ -40,11 +42,12 @@ class Roofline:
     memory_seconds: float
     busy_seconds: float
     network_seconds: float
+    dcn_seconds: float | None
 
     @property
     def low(self) -> float:
-        """Seconds if the device is never idle and the network runs beside it."""
-        return max(self.busy_seconds, self.network_seconds)
+        """Seconds if the device is never idle and both networks run beside it."""
+        return max(self.busy_seconds, self.network_seconds, self.dcn_seconds or 0.0)
 
     @property
     def high(self) -> float:
@@ -66,7 +69,9 @@ def roofline(
     sizes, devices = step.sizes, step.mesh.size
     tokens = sizes.rows * sizes.length
     pairs = tokens * (sizes.length + 1) / 2
-    network = sum(one.num_bytes for one in sent)
+    sent = list(sent)
+    network = sum(one.num_bytes for one in sent if not one.dcn)
+    dcn = sum(one.num_bytes for one in sent if one.dcn)
     return Roofline(
         flops,
         step_flops(step.model, tokens, tokens, pairs, step.lora) / devices,
@@ -74,6 +79,7 @@ def roofline(
         moved / chip.memory_bandwidth,
         busy,
         network / chip.network_bandwidth if chip.network_bandwidth else 0.0,
+        dcn / chip.dcn_bandwidth if chip.dcn_bandwidth else None if dcn else 0.0,
     )
 
 

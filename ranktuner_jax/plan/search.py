@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -112,30 +113,38 @@ def try_all(
     settings: Sequence[Mapping[str, Any]],
     config: TrainConfig,
     command: Sequence[str],
+    limit: int,
     report: Callable[[int, Tried], None],
 ) -> list[Tried]:
     """Plans each of the settings in a process of its own, and keeps the plans in the cache.
 
-    A compiler that runs out of memory, or crashes, ends its own process only.
+    A compiler that runs out of memory, or crashes, ends its own process only. Left out are settings
+    that differ only by more micro-batches from some that fit.
 
     Args:
       settings: As `candidates` returns them.
       config: The run.
       command: Arguments of `ranktuner` that plan the run as JSON.
+      limit: How many to plan at most.
       report: Called with the number of those that are done, and the last.
     """
-    done = []
-    for index, chosen in enumerate(settings):
-        tried = _try(chosen, config, command)
-        done.append(tried)
-        report(index + 1, tried)
+    done: list[Tried] = []
+    for chosen in settings:
+        if len(done) < limit and not any(_is_faster(one, chosen) for one in done):
+            done.append(_try(chosen, config, command))
+            report(len(done), done[-1])
     return done
+
+
+def _is_faster(tried: Tried, chosen: Mapping[str, Any]) -> bool:
+    """Whether something fits that differs from the settings only by fewer micro-batches."""
+    same = {**chosen, "train.accumulation": tried.settings["train.accumulation"]}
+    return bool(tried.plan and tried.plan["fits"] and same == tried.settings)
 
 
 def _try(settings: Mapping[str, Any], config: TrainConfig, command: Sequence[str]) -> Tried:
     full = [*command, *(f"--config.{key}={value}" for key, value in settings.items())]
-    versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "ranktuner-jax")]
-    key = json.dumps([full, to_dict(config), versions], sort_keys=True)
+    key = json.dumps([full, to_dict(config), _versions()], sort_keys=True)
     path = files.cache_dir() / "plans" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
     if path.is_file():
         return Tried(settings, json.loads(path.read_text(encoding="utf-8")))
@@ -154,6 +163,15 @@ def _try(settings: Mapping[str, Any], config: TrainConfig, command: Sequence[str
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_whole(path, done.stdout)
     return Tried(settings, plan)
+
+
+def _versions() -> dict[str, str]:
+    """Those of what compiles the programs and reads them."""
+    found = {}
+    for name in ("jax", "jaxlib", "jax-cuda12-plugin", "libtpu", "ranktuner-jax"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def rank(tried: Sequence[Tried]) -> list[Tried]:

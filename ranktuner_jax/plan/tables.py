@@ -47,7 +47,8 @@ def _memory(plan: Plan) -> Table:
 def _network(plan: Plan) -> Table:
     table = _table("sent by a device in a step", "", "axes", "dtype", "times", "GB")
     for one in plan.collectives:
-        row = (one.kind, ", ".join(one.axes), ", ".join(one.dtypes), f"{one.count:,.0f}")
+        axes = ", ".join(one.axes) + " (dcn)" * one.dcn
+        row = (one.kind, axes, ", ".join(one.dtypes), f"{one.count:,.0f}")
         table.add_row(*row, f"{one.num_bytes / 1e9:.2f}")
     return table
 
@@ -70,6 +71,9 @@ def _time(plan: Plan) -> Table:
         ("its network, s", roof.network_seconds),
     ):
         table.add_row(name, f"{seconds:.3g}", "")
+    if roof.dcn_seconds != 0.0:
+        between = "unknown" if roof.dcn_seconds is None else f"{roof.dcn_seconds:.3g}"
+        table.add_row("its network between slices, s", between, "")
     table.add_row("TFLOP", f"{roof.flops / 1e12:,.3g}", "")
     table.add_row("without recomputation", f"{roof.model_flops / 1e12:,.3g}", "")
     return table

@@ -1,5 +1,6 @@
 """Programs that XLA compiles here, and parts of one that it compiled for a TPU, are read right."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -124,13 +125,15 @@ StackFrames
 %first (p0: bf16[56,128]) -> bf16[448,128] {
   %p0 = bf16[56,128]{1,0:T(8,128)(2,1)} parameter(0)
   ROOT %all-gather.1 = bf16[448,128]{1,0:T(8,128)(2,1)} all-gather(%p0), channel_id=3, \
-replica_groups=mesh['axis_0'=1,'axis_1'=8] {'axis_1'}, dimensions={0}
+replica_groups=mesh['axis_0'=1,'axis_1'=8] {'axis_1'}, dimensions={0}, \
+frontend_attributes={chain_id="0"}
 }
 
 %second (p1: bf16[56,128]) -> bf16[448,128] {
   %p1 = bf16[56,128]{1,0:T(8,128)(2,1)} parameter(0)
   ROOT %all-gather.2 = bf16[448,128]{1,0:T(8,128)(2,1)} all-gather(%p1), channel_id=3, \
-replica_groups=mesh['axis_0'=1,'axis_1'=8] {'axis_1'}, dimensions={0}
+replica_groups=mesh['axis_0'=1,'axis_1'=8] {'axis_1'}, dimensions={0}, \
+frontend_attributes={chain_id="0"}
 }
 
 %body (arg: (s32[], bf16[56,128])) -> (s32[], bf16[56,128]) {
@@ -172,6 +175,88 @@ def test_a_gather_that_runs_beside_others_counts_once() -> None:
     [gather] = collectives(Program(TPU), mesh_of(1, 8, 1))
     assert (gather.kind, gather.axes, gather.count) == ("all-gather", ("fsdp",), 6)
     assert gather.num_bytes == 6 * 7 / 8 * 2 * 448 * 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What is read of a chip."""
+
+    id: int
+    slice_index: int
+
+
+def four_slices() -> Mesh:
+    """A mesh of 4 × 4 chips, of which each quarter is a slice."""
+    devices = np.empty((4, 4, 1), object)
+    for data, fsdp in np.ndindex(4, 4):
+        piece, place = data // 2 * 2 + fsdp // 2, data % 2 * 2 + fsdp % 2
+        devices[data, fsdp, 0] = Chip(100000 * (piece + 1) + place, piece)
+    return Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+# As XLA:TPU prints what slices send to each other, and what the chips of one do.
+SLICES = """\
+HloModule jit_step, is_scheduled=true
+
+ENTRY %main (x: f32[1024,512]) -> f32[1024,512] {
+  %x = f32[1024,512]{1,0:T(8,128)} parameter(0)
+  %after-all = token[] after-all()
+  %send.1 = (f32[1024,512]{1,0:T(8,128)}, u32[], token[]) send(%x, %after-all), channel_id=2, \
+is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"\
+,_xla_megascale_target="{1,2,3,4}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send-done.1 = token[] send-done(%send.1), channel_id=2, is_host_transfer=true
+  %send.2 = (f32[1024,512]{1,0:T(8,128)}, u32[], token[]) send(%x, %after-all), channel_id=4, \
+is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"\
+,_xla_megascale_target={{100000,300000},{100001,300001},{200000,400000},{200001,400001}},\
+_xla_megascale_transfer_type="ALL_GATHER"}
+  %send.3 = (f32[1024,512]{1,0:T(8,128)}, u32[], token[]) send(%x, %after-all), channel_id=6, \
+is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"\
+,_xla_megascale_target={{100000->200000},{200000->100000}},\
+_xla_megascale_transfer_type="ONE_TO_ONE"}
+  %recv.3 = (f32[1024,512]{1,0:T(8,128)}, u32[], token[]) recv(%after-all), channel_id=5, \
+is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"\
+,_xla_megascale_target={{100000->200000},{200000->100000}},\
+_xla_megascale_transfer_type="ONE_TO_ONE"}
+  ROOT %sum = f32[1024,512]{1,0:T(8,128)} all-reduce(%x), channel_id=1, \
+replica_groups={{0,2},{1,3}}, use_global_device_ids=true
+}
+"""
+
+
+def test_what_slices_send_to_each_other_is_told_from_what_their_chips_do() -> None:
+    found = collectives(Program(SLICES), four_slices())
+    size = 4 * 1024 * 512
+    assert {(one.kind, one.axes, one.dcn, one.num_bytes) for one in found} == {
+        ("all-reduce", ("data", "fsdp"), True, 2 * 3 / 4 * size),
+        ("all-gather", ("data",), True, size),
+        ("collective-permute", ("fsdp",), True, size),
+        ("all-reduce", ("data",), False, 2 * 1 / 2 * size),
+    }
+    assert {one.count for one in found} == {1.0}
+
+
+# The same where XLA has taken the first iteration out of the loop: its gather's last part is there.
+PEELED = TPU.replace(
+    "  %state = (s32[]{:T(128)}, /*index=1*/bf16[56,128]{1,0:T(8,128)(2,1)}) parameter(0)\n",
+    """\
+  %x.1 = bf16[56,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %one = s32[]{:T(128)} constant(1)
+  %begin = s32[]{:T(128)} copy(%one)
+  %state = (s32[]{:T(128)}, bf16[56,128]{1,0:T(8,128)(2,1)}) tuple(%begin, %x.1)
+  %all-gather.3 = bf16[448,128]{1,0:T(8,128)(2,1)} all-gather(%x.1), channel_id=3, \
+replica_groups=mesh['axis_0'=1,'axis_1'=8] {'axis_1'}, dimensions={0}, \
+frontend_attributes={chain_id="0"}
+""",
+)
+
+
+def test_a_loop_that_begins_with_its_second_iteration_runs_once_less() -> None:
+    assert Program(PEELED).flops == 5 * 2 * 64 * 28 * 16 * 2048
+
+
+def test_a_gather_that_others_run_beside_in_a_loop_counts_as_often_as_it_ends() -> None:
+    [gather] = collectives(Program(PEELED), mesh_of(1, 8, 1))
+    assert gather.count == 1
 
 
 def test_memory_on_the_chip_is_not_main_memory() -> None:

@@ -1,5 +1,6 @@
 """A plan says what the real step needs."""
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -9,11 +10,15 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from rich.console import Console
 
 from ranktuner_jax import cli, models
 from ranktuner_jax.errors import UserError
-from ranktuner_jax.plan import make_plan, topologies
+from ranktuner_jax.plan import make_plan, tables, topologies
+from ranktuner_jax.plan.chips import Chip
+from ranktuner_jax.plan.collectives import Collective
 from ranktuner_jax.plan.program import compile_step, read_model
+from ranktuner_jax.plan.roofline import roofline
 from ranktuner_jax.train import TrainConfig, Trainer, load_config, make_mesh, make_optimizer
 from ranktuner_jax.train.step.schedules import make_schedule
 
@@ -163,16 +168,16 @@ def test_a_search_keeps_the_plans_and_shows_the_fastest(
     tmp_path: pathlib.Path,
 ) -> None:
     monkeypatch.setenv("RANKTUNER_CACHE", str(tmp_path / "cache"))
-    command = ["plan", "--topology=cpu:8", "--search=1", "--json", f"--config.model={folder}"]
+    command = ["plan", "--topology=cpu:8", "--search=2", "--json", f"--config.model={folder}"]
     assert cli.main([*command, *SHAPE]) == 0
     found = json.loads(capsys.readouterr().out)
-    [tried] = found["tried"]
-    # Least recomputation and fewest micro-batches come first.
-    assert tried["settings"]["train.remat"] == "dots"
-    assert tried["settings"]["train.accumulation"] == 1
-    assert found["step_seconds"] == tried["step_seconds"]
-    [kept] = (tmp_path / "cache" / "plans").iterdir()
-    kept.write_text(json.dumps(found | {"step_seconds": [7.0, 8.0]}), encoding="utf-8")
+    # Least recomputation and fewest micro-batches come first; with these, no more are tried.
+    tried = [one["settings"] for one in found["tried"]]
+    assert {(one["train.remat"], one["train.accumulation"]) for one in tried} == {("dots", 1)}
+    assert sorted(one["mesh.fsdp"] for one in tried) == [4, 8]
+    assert found["step_seconds"] == min(one["step_seconds"] for one in found["tried"])
+    for kept in (tmp_path / "cache" / "plans").iterdir():
+        kept.write_text(json.dumps(found | {"step_seconds": [7.0, 8.0]}), encoding="utf-8")
     assert cli.main([*command, *SHAPE]) == 0
     assert json.loads(capsys.readouterr().out)["step_seconds"] == [7.0, 8.0]
 
@@ -199,6 +204,30 @@ def test_more_cpu_devices_than_there_are_is_refused() -> None:
 def test_a_mesh_of_another_size_is_refused(folder: pathlib.Path) -> None:
     with pytest.raises(UserError, match="mesh: expected sizes that multiply to"):
         make_plan(config_of(folder, "--config.mesh.data=3"), "cpu:8")
+
+
+def test_what_slices_send_to_each_other_takes_the_time_of_the_data_center_s_network(
+    folder: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_of(folder, "--config.mesh.data=1")
+    step = compile_step(config, read_model(config), topologies.devices("cpu:1"))
+    sent = (Collective("all-reduce", ("data",), ("f32",), 1.0, 6e9, dcn=True),)
+    chip = Chip("chip", 16.0, 1e15, 1e15, 1e9, dcn_bandwidth=3e9)
+    known = roofline(step, step.program(), chip, sent)
+    assert (known.network_seconds, known.dcn_seconds, known.low) == (0.0, 2.0, 2.0)
+    unknown = roofline(step, step.program(), dataclasses.replace(chip, dcn_bandwidth=None), sent)
+    assert unknown.dcn_seconds is None
+    assert unknown.low == unknown.busy_seconds < 2.0
+
+    plan = make_plan(config, "cpu:1")
+    assert plan.to_json()["dcn_seconds"] == 0.0
+    for found, text in ((known, "2"), (unknown, "unknown")):
+        between = dataclasses.replace(plan, roofline=found, collectives=sent)
+        tables.show_plan(between, Console())
+        shown = capsys.readouterr().out
+        assert "data (dcn)" in shown
+        assert re.search(rf"its network between slices, s\W+{text}\W", shown)
+        assert between.to_json()["collectives"][0]["dcn"] is True
 
 
 def test_nothing_is_placed_on_a_device(folder: pathlib.Path) -> None:

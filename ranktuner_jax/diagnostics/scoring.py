@@ -106,7 +106,7 @@ def _score(
 ) -> losses.TokenStats:
     model = nnx.merge(graphdef, params)
     hidden = model(tokens, positions, segment_ids)
-    inputs = (hidden, model.unembed, labels, mask)
+    inputs = (*model.unembedding(hidden), labels, mask)
     options: dict[str, Any] = {"fields": fields, "vocab_size": model.vocab_size}
     if model.mesh is None:
         return losses.fused_token_stats(*inputs, **options)

@@ -174,7 +174,7 @@ def score_rows(
     """The sums over the supervised tokens of a batch [B, T], all of weight 1."""
     model = nnx.merge(graphdef, params)
     hidden = model(batch.tokens, batch.positions, batch.segment_ids)
-    inputs = (hidden, model.unembed, batch.labels, batch.mask)
+    inputs = (*model.unembedding(hidden), batch.labels, batch.mask)
     options: dict[str, Any] = {"weighting": losses.SFT(), "vocab_size": model.vocab_size}
     if model.mesh is None:
         return losses.fused_weighted_nll(*inputs, **options)

@@ -7,6 +7,7 @@ from ranktuner_jax.models.hf import read_config
 from ranktuner_jax.models.lora import (
     Frozen,
     Lora,
+    adapter_factors,
     adapter_shapes,
     add_adapters,
     dropout_keys,
@@ -35,6 +36,7 @@ __all__ = [
     "Lora",
     "Quantized",
     "RopeConfig",
+    "adapter_factors",
     "adapter_shapes",
     "add_adapters",
     "constrain",

@@ -65,6 +65,14 @@ class Cache(struct.PyTreeNode):
         )
 
 
+class _Adapter(NamedTuple):
+    """That of embeddings or head: its options, and its factors."""
+
+    lora: Lora
+    a: Float[Array, "r D"]
+    b: Float[Array, "V r"]
+
+
 class _Choice(NamedTuple):
     """Which of the decoder's windows and rotary tables a layer has; `None` if there is but one."""
 
@@ -117,8 +125,7 @@ class Layers(nnx.Module):
         if self.lora is not None and name in self.lora.targets:
             a, b = (getattr(self, f"{name}_lora_{factor}")[...] for factor in "ab")
             if dropout is not None:
-                number = partition.PROJECTIONS.index(name)
-                flat = drop_inputs(flat, self.lora.dropout, dropout, number)
+                flat = drop_inputs(flat, self.lora.dropout, dropout, name)
             low = linear(flat, a.reshape(self.lora.rank, -1))
             y = y + linear(low * self.lora.scale, b.reshape(-1, self.lora.rank))
         y = y.reshape(*x.shape[:2], *outputs)
@@ -240,26 +247,77 @@ class Decoder(nnx.Module):
 
     @property
     def unembed(self) -> Float[Array, "V D"]:
-        """The matrix that turns hidden states into logits, padded rows included."""
-        return (self.embed if self.config.tie_embeddings else self.head)[...]
+        """The matrix that turns hidden states into logits, padded rows included.
+
+        An adapter of the head adds to them: see `unembedding`.
+        """
+        return (self.embed if self.config.tie_embeddings else self.head).get_value()
 
     @property
     def unembed_spec(self) -> PartitionSpec:
-        """How `unembed` is divided over `mesh`, as `losses.sharded_weighted_nll` takes it."""
+        """How `unembedding`'s matrix is divided, as `losses.sharded_weighted_nll` takes it."""
         if self.mesh is None:
             return PartitionSpec(None, None)
+        rows, columns = self.unembed.shape
+        if (adapter := self._adapter("head")) is not None:
+            columns += adapter.lora.rank
         # Of a tied model too: "embed" has the same axes.
-        return partition.spec(self.mesh, partition.PARAM_AXES["head"], self.unembed.shape)
+        return partition.spec(self.mesh, partition.PARAM_AXES["head"], (rows, columns))
+
+    def unembedding(
+        self, hidden: Float[Array, "B T D"], dropout: PRNGKeyArray | None = None
+    ) -> tuple[Float[Array, "B T I"], Float[Array, "V I"]]:
+        """What a loss computes logits from: activations and a matrix, whose product they are.
+
+        They are `hidden` and `unembed`; with an adapter of the head, those beside the adapter's low
+        activations and its B, so that I is D plus the rank.
+
+        Args:
+          hidden: What a call returned.
+          dropout: As in the call.
+        """
+        activations, matrices = zip(*self._unembeddings(hidden, dropout), strict=True)
+        if len(matrices) == 1:
+            return hidden, self.unembed
+        # Joined, not merged to W + scale * B A: where the products are of 16 bits, small changes
+        # would be lost in the rounding of that sum, and A's inputs could not be dropped. Both copy
+        # W and have the loss compute the gradient of the whole matrix, at much the same cost.
+        dtype = jnp.result_type(*matrices)
+        joined = jnp.concatenate([matrix.astype(dtype) for matrix in matrices], axis=1)
+        return jnp.concatenate(activations, axis=-1), joined
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Logits over the real vocabulary, accumulated and returned in float32."""
-        logits = jnp.einsum(
-            "...d,vd->...v",
-            hidden,
-            self.unembed.astype(hidden.dtype),
-            preferred_element_type=jnp.float32,
-        )
-        return logits[..., : self.vocab_size]
+        # Not of `unembedding`, whose joined matrix would be copied at every token that is sampled.
+        products = [
+            jnp.einsum(
+                "...d,vd->...v",
+                activations,
+                matrix.astype(hidden.dtype),
+                preferred_element_type=jnp.float32,
+            )
+            for activations, matrix in self._unembeddings(hidden)
+        ]
+        return sum(products[1:], products[0])[..., : self.vocab_size]
+
+    def _unembeddings(
+        self, hidden: Array, dropout: PRNGKeyArray | None = None
+    ) -> list[tuple[Array, Array]]:
+        """Activations and matrices `[V, I]` whose products add up to the logits."""
+        pairs = [(hidden, self.unembed)]
+        if (adapter := self._adapter("head")) is not None:
+            lora, a, b = adapter
+            if dropout is not None:
+                hidden = drop_inputs(hidden, lora.dropout, dropout[-1], "head")
+            pairs.append((linear(hidden, a) * lora.scale, b))
+        return pairs
+
+    def _adapter(self, name: str) -> _Adapter | None:
+        """The adapter of `embed` or `head`, if it has one."""
+        lora = self.layers.lora
+        if lora is None or name not in lora.targets:
+            return None
+        return _Adapter(lora, *(getattr(self, f"{name}_lora_{factor}")[...] for factor in "ab"))
 
     @property
     def cache_dtype(self) -> jnp.dtype:
@@ -313,7 +371,7 @@ class Decoder(nnx.Module):
             do not see each other. By default a row is one conversation.
           cache: As `init_cache` or the previous call returned it.
           layers: With a cache, what to use in place of `split_layers()`.
-          dropout: Keys `[L, B]` of the adapters' dropout, in training alone; see `dropout_keys`.
+          dropout: Keys of the adapters' dropout, in training alone; see `dropout_keys`.
 
         Returns:
           `hidden [B, T, D]` in the compute dtype, or `(hidden, cache)` if a cache was given.
@@ -342,8 +400,8 @@ class Decoder(nnx.Module):
         new = TokenPositions(positions, segment_ids)
         x, (keys, values) = self._scan(tokens, new, keep=True)
         cache = Cache(
-            keys=tuple(k.transpose(0, 2, 3, 1).astype(self.cache_dtype) for k in keys),
-            values=tuple(v.swapaxes(1, 2).astype(self.cache_dtype) for v in values),
+            keys=tuple(k.transpose(0, 2, 3, 1) for k in keys),
+            values=tuple(v.swapaxes(1, 2) for v in values),
             positions=positions,
             segment_ids=segment_ids,
             index=jnp.asarray(tokens.shape[1], jnp.int32),
@@ -355,6 +413,10 @@ class Decoder(nnx.Module):
         embed = partition.constrain(self.embed[...], self.mesh, "vocab", "features")
         # The lookup precedes the cast, so that its gradient, a scatter, has the parameter's dtype.
         x = self._constrain(embed.at[tokens].get(mode="clip").astype(self.dtype))
+        if (adapter := self._adapter("embed")) is not None:
+            lora, a, b = adapter
+            low = b.at[tokens].get(mode="clip").astype(self.dtype)
+            x = x + linear(low * lora.scale, a.T)
         if self.config.scale_embeddings:
             x = x * jnp.asarray(self.config.hidden_size**0.5, self.dtype)
         return x
@@ -398,7 +460,7 @@ class Decoder(nnx.Module):
         keep: bool = False,
         dropout: PRNGKeyArray | None = None,
     ) -> tuple[Array, Any]:
-        """All layers; and each one's keys and values, `[L, B, T, K, d]`, if they are to be kept."""
+        """All layers; and, for a cache to keep, each one's keys and values `[L, B, T, K, d]`."""
         kernel = attention.choose_implementation(
             self.attention, length=tokens.shape[1], dtype=self.dtype, mesh=self.mesh
         )
@@ -419,12 +481,14 @@ class Decoder(nnx.Module):
                 mesh=self.mesh,
                 **options,
             )
-            return block.add(x, mixed, self.mesh, keys), (k, v) if keep else None
+            kept = (k.astype(self.cache_dtype), v.astype(self.cache_dtype)) if keep else None
+            return block.add(x, mixed, self.mesh, keys), kept
 
         step: Callable[..., Any] = layer
         if (policy := REMAT_POLICIES[self.remat]) is not None:
             step = jax.checkpoint(step, policy=policy, prevent_cse=False)
-        x, kept = jax.lax.scan(step, self._embedded(tokens), (params, choices, dropout))
+        keys = None if dropout is None else dropout[:-1]
+        x, kept = jax.lax.scan(step, self._embedded(tokens), (params, choices, keys))
         return self._constrain(x), kept
 
     def split_layers(self) -> list[nnx.State]:

@@ -1,4 +1,4 @@
-"""LoRA: a frozen decoder, with a trained change of low rank beside each of its projections."""
+"""LoRA: a frozen decoder, with a trained change of low rank beside each of its matrices."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Frozen",
     "Lora",
+    "adapter_factors",
     "adapter_shapes",
     "add_adapters",
     "drop_inputs",
@@ -42,22 +43,25 @@ class Frozen(nnx.Variable):
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """Which projections have adapters, and of what size.
+    """Which matrices have adapters, and of what size.
 
-    A projection with an adapter computes `W x + scale * B (A x)`. Following PEFT, A starts
-    uniform within ±1/√inputs and B at zero, so that training starts at the frozen model.
+    A projection with an adapter computes `W x + scale * B (A x)`, the head among them; a token's
+    embedding is its row of `E + scale * B A`. Following PEFT, A starts uniform within ±1/√inputs,
+    that of the embeddings normal, and B at zero, so that training starts at the frozen model.
+
+    Embeddings and head have adapters of their own even where they share one matrix, as in PEFT.
 
     Attributes:
       rank: Rows of A and columns of B.
       alpha: `scale` is `alpha / rank`.
       rslora: Whether it is `alpha / sqrt(rank)` instead (rank-stabilised LoRA).
-      targets: Names of projections: q, k, v, o, gate, up, down, or those of Hugging Face's
-        modules, such as q_proj.
+      targets: Names of matrices: q, k, v, o, gate, up, down, which all have an adapter by
+        default, embed and head; or those of Hugging Face's modules, such as q_proj or lm_head.
       dropout: Share of A's inputs that a step of training leaves out.
 
     Raises:
       UserError: If the rank or alpha is not positive, dropout is not below 1, or there is no such
-        projection.
+        matrix.
 
     Example:
       >>> Lora(rank=16, alpha=32.0, targets=("v_proj", "q")).targets
@@ -80,18 +84,18 @@ class Lora:
             raise UserError(f"lora.dropout: expected at least 0 and below 1, got {self.dropout}")
         ours = {
             name: own
-            for own in partition.PROJECTIONS
+            for own in partition.TARGETS
             for name in (own, *(family.tensors[own].split(".")[-2] for family in FAMILIES.values()))
         }
         if unknown := [name for name in self.targets if name not in ours]:
             raise UserError(
-                f"lora.targets: expected all, or names among {', '.join(partition.PROJECTIONS)}, "
+                f"lora.targets: expected all, or names among {', '.join(partition.TARGETS)}, "
                 f"got {', '.join(map(repr, unknown))}"
             )
         named = {ours[name] for name in self.targets}
         if not named:
-            raise UserError("lora.targets: expected at least one projection, got none")
-        in_order = tuple(name for name in partition.PROJECTIONS if name in named)
+            raise UserError("lora.targets: expected at least one matrix, got none")
+        in_order = tuple(name for name in partition.TARGETS if name in named)
         object.__setattr__(self, "targets", in_order)
 
     @property
@@ -103,7 +107,7 @@ class Lora:
 def dropout_keys(
     model: Decoder, step: Int[Array, ""] | int, row_index: Int[Array, " B"]
 ) -> PRNGKeyArray | None:
-    """The keys `[L, B]` of a batch's dropout; None if the model has none.
+    """The keys `[L + 1, B]` of a batch's dropout, the last for the head; None if it has none.
 
     They depend on the step and on each row's number alone: a resumed run, another mesh and other
     micro-batches leave out the same inputs.
@@ -111,12 +115,13 @@ def dropout_keys(
     if model.layers.lora is None or not model.layers.lora.dropout:
         return None
     fold = jax.vmap(jax.random.fold_in, (None, 0))
-    layers = fold(jax.random.fold_in(jax.random.key(0), step), jnp.arange(model.config.num_layers))
+    numbers = jnp.arange(model.config.num_layers + 1)
+    layers = fold(jax.random.fold_in(jax.random.key(0), step), numbers)
     return jax.vmap(fold, (0, None))(layers, row_index)
 
 
 def drop_inputs(
-    x: Float[Array, "B T I"], rate: float, keys: PRNGKeyArray, number: int
+    x: Float[Array, "B T I"], rate: float, keys: PRNGKeyArray, name: str
 ) -> Float[Array, "B T I"]:
     """`x` with a share of its entries at zero and the rest enlarged to make up for them.
 
@@ -124,13 +129,14 @@ def drop_inputs(
       x: Activations.
       rate: The share.
       keys: `[B]`, those of a layer.
-      number: That of the adapter in the layer.
+      name: The matrix, since each in a layer leaves out other inputs.
 
     Example:
       >>> keys = jax.random.split(jax.random.key(0), 2)
-      >>> sorted(set(drop_inputs(jnp.ones((2, 3, 8)), 0.5, keys, 0).ravel().tolist()))
+      >>> sorted(set(drop_inputs(jnp.ones((2, 3, 8)), 0.5, keys, "q").ravel().tolist()))
       [0.0, 2.0]
     """
+    number = partition.TARGETS.index(name)
 
     def kept(key: PRNGKeyArray) -> Bool[Array, "T I"]:
         return jax.random.bernoulli(jax.random.fold_in(key, number), 1 - rate, x.shape[1:])
@@ -141,11 +147,14 @@ def drop_inputs(
 def adapter_shapes(config: DecoderConfig, lora: Lora) -> dict[str, tuple[int, ...]]:
     """The shape of each factor, A `[L, rank, *inputs]` and B `[L, *outputs, rank]`.
 
+    Those of embeddings and head, `[V, D]` each, have no axis of layers.
+
     Example:
       >>> adapter_shapes(DecoderConfig(), Lora(rank=4, alpha=8.0, targets=("q",)))
       {'q_lora_a': (30, 4, 576), 'q_lora_b': (30, 9, 64, 4)}
     """
-    axes = partition.param_axes(config)
+    # A head that is the embeddings' matrix has an adapter of its own.
+    axes = partition.param_axes(dataclasses.replace(config, tie_embeddings=False))
     return {
         name: tuple(
             {**axes[target], "rank": lora.rank}[axis] for axis in partition.ADAPTER_AXES[name]
@@ -198,7 +207,10 @@ def _initial(
 ) -> Float[Array, "..."]:
     if name.endswith("_b"):
         return jnp.zeros(shape, dtype)
-    limit = math.prod(shape[2:]) ** -0.5
+    if name == "embed_lora_a":
+        return jax.random.normal(key, shape, dtype)
+    first_input = partition.ADAPTER_AXES[name].index("rank") + 1
+    limit = math.prod(shape[first_input:]) ** -0.5
     return jax.random.uniform(key, shape, dtype, -limit, limit)
 
 
@@ -210,7 +222,23 @@ def set_adapters(model: Decoder, lora: Lora, factors: Mapping[str, Array]) -> No
         setattr(module, name, Frozen(getattr(module, name).get_value()))
     model.layers.lora = lora
     for name, value in factors.items():
-        setattr(model.layers, name, nnx.Param(value))
+        setattr(_owner(model, name), name, nnx.Param(value))
+
+
+def adapter_factors(model: Decoder) -> dict[str, Array]:
+    """The factors of a decoder's adapters, named and shaped as by `adapter_shapes`.
+
+    Example:
+      >>> from ranktuner_jax import models
+      >>> config = models.DecoderConfig(vocab_size=11, num_layers=1)
+      >>> model = models.Decoder(config, rngs=nnx.Rngs(0))
+      >>> add_adapters(model, Lora(rank=4, alpha=8.0, targets=("lm_head",)), rngs=nnx.Rngs(1))
+      >>> {name: factor.shape for name, factor in adapter_factors(model).items()}
+      {'head_lora_a': (4, 576), 'head_lora_b': (11, 4)}
+    """
+    lora = model.layers.lora
+    names = () if lora is None else adapter_shapes(model.config, lora)
+    return {name: getattr(_owner(model, name), name).get_value() for name in names}
 
 
 def quantize_layers(model: Decoder, kind: str) -> None:
@@ -246,7 +274,8 @@ def quantize_layers(model: Decoder, kind: str) -> None:
 def merge_adapters(model: Decoder) -> None:
     """Adds each adapter's product to its matrix, in place; what remains is a plain decoder.
 
-    The sum is taken in float32 and rounded to the matrix's type.
+    The sum is taken in float32 and rounded to the matrix's type. Embeddings and head that were one
+    matrix become two if either has an adapter, each of which changes its own use alone.
 
     Args:
       model: A decoder with adapters; the matrices that have one are donated.
@@ -259,16 +288,21 @@ def merge_adapters(model: Decoder) -> None:
     layers = model.layers
     if layers.lora is None:
         raise ValueError("model must have adapters: got none.")
-    if any(isinstance(getattr(layers, n).get_value(), Quantized) for n in layers.lora.targets):
+    targets = layers.lora.targets
+    if any(isinstance(getattr(layers, n).get_value(), Quantized) for n in partition.PROJECTIONS):
         raise ValueError(
             "model must not be quantised: load it with a param_dtype, then load_adapter."
         )
-    for name in layers.lora.targets:
-        factors = [getattr(layers, f"{name}_lora_{factor}").get_value() for factor in "ba"]
-        merged = _merged(getattr(layers, name).get_value(), *factors, scale=layers.lora.scale)
-        setattr(layers, name, Frozen(merged))
+    if model.config.tie_embeddings and {"embed", "head"} & {*targets}:
+        model.config = dataclasses.replace(model.config, tie_embeddings=False)
+        model.head = nnx.Param(jnp.copy(model.embed.get_value()))
+    for name in targets:
+        owner = _owner(model, name)
+        factors = [getattr(owner, f"{name}_lora_{factor}").get_value() for factor in "ba"]
+        merged = _merged(getattr(owner, name).get_value(), *factors, scale=layers.lora.scale)
+        setattr(owner, name, Frozen(merged))
         for factor in "ab":
-            delattr(layers, f"{name}_lora_{factor}")
+            delattr(owner, f"{name}_lora_{factor}")
     layers.lora = None
     for module, name in _parameters(model, Frozen):
         setattr(module, name, nnx.Param(getattr(module, name).get_value()))
@@ -276,11 +310,19 @@ def merge_adapters(model: Decoder) -> None:
 
 @functools.partial(jax.jit, static_argnames="scale", donate_argnums=0)
 def _merged(kernel: Array, b: Array, a: Array, *, scale: float) -> Array:
-    # Over the rank, layer by layer: [L, *outputs, rank] and [L, rank, *inputs].
-    dims = (((b.ndim - 1,), (1,)), ((0,), (0,)))
+    # Over the rank, layer by layer: [L, *outputs, rank] and [L, rank, *inputs]; the matrices of
+    # embeddings and head are not stacked.
+    stack = tuple(range(b.ndim + a.ndim - 2 - kernel.ndim))
+    dims = (((b.ndim - 1,), (len(stack),)), (stack, stack))
     b, a = b.astype(jnp.float32), a.astype(jnp.float32)
     change = jax.lax.dot_general(b, a, dims, precision=jax.lax.Precision.HIGHEST)
     return (kernel.astype(jnp.float32) + scale * change).astype(kernel.dtype)
+
+
+def _owner(model: Decoder, name: str) -> nnx.Module:
+    """The module that holds a matrix or a factor: the stacked layers, or the decoder itself."""
+    axes = (partition.PARAM_AXES | partition.ADAPTER_AXES)[name]
+    return model.layers if "layers" in axes else model
 
 
 def _parameters(model: Decoder, kind: type[nnx.Variable]) -> Iterator[tuple[nnx.Module, str]]:

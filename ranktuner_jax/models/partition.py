@@ -21,6 +21,7 @@ __all__ = [
     "PARAM_AXES",
     "PROJECTIONS",
     "RULES",
+    "TARGETS",
     "constrain",
     "param_axes",
     "param_shardings",
@@ -68,8 +69,9 @@ PARAM_AXES: dict[str, tuple[str, ...]] = {
     "head": ("vocab", "embed"),
 }
 
-# The matrices of a layer.
+# The matrices of a layer; and all matrices, which are what may have an adapter.
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+TARGETS = (*PROJECTIONS, "embed", "head")
 
 # How many of a matrix's axes (without the layer) are outputs; Hugging Face flattens them, and
 # the inputs likewise. Whatever is not here is a vector.
@@ -78,9 +80,10 @@ OUTPUTS = {"embed": 1, "head": 1, "q": 2, "k": 2, "v": 2, "o": 1, "gate": 1, "up
 # The two factors of a low-rank change of a matrix, likewise: from its inputs to the rank, and
 # from the rank to its outputs.
 ADAPTER_AXES: dict[str, tuple[str, ...]] = {}
-for _name in PROJECTIONS:
-    _split = 1 + OUTPUTS[_name]
-    ADAPTER_AXES[f"{_name}_lora_a"] = ("layers", "rank", *PARAM_AXES[_name][_split:])
+for _name in TARGETS:
+    _stack = ("layers",) * (_name in PROJECTIONS)
+    _split = len(_stack) + OUTPUTS[_name]
+    ADAPTER_AXES[f"{_name}_lora_a"] = (*_stack, "rank", *PARAM_AXES[_name][_split:])
     ADAPTER_AXES[f"{_name}_lora_b"] = (*PARAM_AXES[_name][:_split], "rank")
     OUTPUTS |= {f"{_name}_lora_a": 1, f"{_name}_lora_b": OUTPUTS[_name]}
 

@@ -233,7 +233,7 @@ def load_adapter(
 
     Example: see `save_adapter`.
     """
-    lora, factors = hf.read_adapter(Path(path), model.config)
+    lora, factors = hf.read_adapter(Path(path), model)
     factors = {name: factor.astype(dtype) for name, factor in factors.items()}
     if model.mesh is None:
         set_adapters(model, lora, {name: jnp.asarray(factor) for name, factor in factors.items()})

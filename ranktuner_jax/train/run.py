@@ -211,9 +211,7 @@ class Run:
         assert model.mesh is not None
         assert model.layers.lora is not None
         whole = self._load_base(model.mesh, **types | {"quantized": ""})
-        names = models.adapter_shapes(model.config, model.layers.lora)
-        factors = {name: getattr(model.layers, name).get_value() for name in names}
-        models.set_adapters(whole, model.layers.lora, factors)
+        models.set_adapters(whole, model.layers.lora, models.adapter_factors(model))
         return whole
 
     @functools.cached_property

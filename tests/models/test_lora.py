@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from ranktuner_jax import evals, losses, models
 from ranktuner_jax.errors import UserError
 from ranktuner_jax.models.lora import drop_inputs
+from ranktuner_jax.models.partition import PROJECTIONS, TARGETS
 from tests.models import tiny
 from tests.tolerances import BF16, F32, HF_LOGITS, LOSS_GRADIENT
 
@@ -62,13 +63,16 @@ def folder(tmp_path: pathlib.Path) -> pathlib.Path:
 def test_new_adapters_change_no_bit_and_leave_everything_else_frozen(folder: pathlib.Path) -> None:
     model = models.load_pretrained(folder)
     before = logits(model)
-    models.add_adapters(model, models.Lora(rank=4, alpha=8.0), rngs=nnx.Rngs(0))
+    models.add_adapters(model, models.Lora(rank=4, alpha=8.0, targets=TARGETS), rngs=nnx.Rngs(0))
     np.testing.assert_array_equal(logits(model), before)
     factors = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    assert len(factors) == 14
+    assert len(factors) == 18
     for path, value in factors:
-        if str(path[-1]).endswith("_lora_a"):  # As PEFT begins: uniform within ±1/√inputs.
-            limit = np.prod(value.shape[2:]) ** -0.5
+        if path[-1] == "embed_lora_a":  # As PEFT begins: normal,
+            assert 0.7 < value[...].std() < 1.3
+        elif str(path[-1]).endswith("_lora_a"):  # and uniform within ±1/√inputs.
+            stack = "layers" in path
+            limit = np.prod(value.shape[1 + stack :]) ** -0.5
             assert 0.9 * limit < np.abs(value[...]).max() <= limit
     with pytest.raises(ValueError, match="must not have adapters yet"):
         models.add_adapters(model, models.Lora(rank=2, alpha=8.0), rngs=nnx.Rngs(0))
@@ -79,18 +83,21 @@ def test_a_merged_model_computes_the_same(case: str, tmp_path: pathlib.Path) -> 
     tiny.write_checkpoint(case, tmp_path)
     model = models.load_pretrained(tmp_path)
     before = logits(model)
-    adapted(model, models.Lora(rank=4, alpha=8.0, targets=("q_proj", "v", "o", "down")))
+    targets = ("q_proj", "v", "o", "down", "embed_tokens", "lm_head")
+    adapted(model, models.Lora(rank=4, alpha=8.0, targets=targets))
     changed = logits(model)
     assert np.abs(changed - before).max() > 0.1
     models.merge_adapters(model)
     np.testing.assert_allclose(logits(model), changed, **HF_LOGITS)
+    assert not model.config.tie_embeddings  # Gemma 3's are tied before.
     assert not jax.tree.leaves(nnx.state(model, models.Frozen))
     with pytest.raises(ValueError, match="must have adapters: got none"):
         models.merge_adapters(model)
 
 
 def test_the_sampler_writes_what_the_merged_model_writes(folder: pathlib.Path) -> None:
-    model = adapted(models.load_pretrained(folder), models.Lora(rank=4, alpha=8.0))
+    lora = models.Lora(rank=4, alpha=8.0, targets=TARGETS)
+    model = adapted(models.load_pretrained(folder), lora)
     prompts = [[3, 4, 5], [7, 8]]
 
     def written(model: models.Decoder) -> list[list[int]]:
@@ -114,8 +121,9 @@ class Oracle:
 
     def matrix(self, name: str, outputs: int) -> np.ndarray:
         p, rank = self.params, self.lora.rank
-        matrix = p[name][0].reshape(outputs, -1)
-        a, b = p[f"{name}_lora_a"][0].reshape(rank, -1), p[f"{name}_lora_b"][0].reshape(-1, rank)
+        # Those of the only layer; and the head is the embeddings' matrix.
+        matrix = p["embed" if name == "head" else name].reshape(outputs, -1)
+        a, b = p[f"{name}_lora_a"].reshape(rank, -1), p[f"{name}_lora_b"].reshape(-1, rank)
         return matrix + self.lora.alpha / rank * b @ a
 
     def norm(self, x: np.ndarray, scale: np.ndarray) -> np.ndarray:
@@ -145,11 +153,12 @@ class Oracle:
                 ("down", c.hidden_size),
             )
         )
+        embed, unembed = (self.matrix(name, c.vocab_size) for name in ("embed", "head"))
         total = 0.0
         for row, labels in zip(self.tokens, self.labels, strict=True):
             keys, values = [], []
             for position, (token, label) in enumerate(zip(row, labels, strict=True)):
-                x = p["embed"][token]
+                x = embed[token]
                 y = self.norm(x, p["attention_norm"][0])
                 keys.append([self.rotate(k, position) for k in (wk @ y).reshape(kv, width)])
                 values.append((wv @ y).reshape(kv, width))
@@ -163,7 +172,7 @@ class Oracle:
                 y = self.norm(x, p["mlp_norm"][0])
                 z = gate @ y
                 x = x + down @ (z / (1 + np.exp(-z)) * (up @ y))
-                scores = p["embed"] @ self.norm(x, p["final_norm"])
+                scores = unembed @ self.norm(x, p["final_norm"])
                 total += np.log(np.exp(scores - scores.max()).sum()) + scores.max() - scores[label]
         return total
 
@@ -183,7 +192,7 @@ class Oracle:
 
 def test_loss_and_gradients_agree_with_a_float64_oracle() -> None:
     model = models.Decoder(SMALL, rngs=nnx.Rngs(0), remat="full")
-    adapted(model, models.Lora(rank=2, alpha=3.0))
+    adapted(model, models.Lora(rank=2, alpha=3.0, targets=TARGETS))
     rows = np.random.default_rng(0).integers(13, size=(2, 5))
     tokens, labels = rows[:, :-1], rows[:, 1:]
     graph, _ = nnx.split(model)
@@ -193,14 +202,14 @@ def test_loss_and_gradients_agree_with_a_float64_oracle() -> None:
         model = nnx.merge(graph, params, base)
         hidden = model(jnp.asarray(tokens))
         return losses.fused_weighted_nll(
-            hidden, model.unembed, jnp.asarray(labels), weighting=losses.SFT()
+            *model.unembedding(hidden), jnp.asarray(labels), weighting=losses.SFT()
         ).total
 
     loss, grads = jax.jit(jax.value_and_grad(total))(params)
     oracle = Oracle(model, tokens, labels)
     np.testing.assert_allclose(float(loss), oracle.loss(), **F32)
     found = {str(path[-1]): np.asarray(v[...]) for path, v in nnx.to_flat_state(grads)}
-    assert len(found) == 14
+    assert len(found) == 18
     for name, ours in found.items():
         theirs = oracle.gradient(name)
         largest = np.abs(theirs).max()
@@ -211,22 +220,32 @@ def test_loss_and_gradients_agree_with_a_float64_oracle() -> None:
 def test_dropout_leaves_out_inputs_of_adapters_by_step_row_layer_and_projection() -> None:
     config = dataclasses.replace(SMALL, num_layers=2)
     model = models.Decoder(config, rngs=nnx.Rngs(0))
-    adapted(model, models.Lora(rank=2, alpha=3.0, dropout=0.25))
+    lora = models.Lora(rank=2, alpha=3.0, targets=(*PROJECTIONS, "head"), dropout=0.25)
+    adapted(model, lora)
     tokens = jnp.array([[3, 4, 5, 6]] * 2)
 
     def hidden(step: int, rows: list[int]) -> np.ndarray:
         keys = models.dropout_keys(model, jnp.array(step), jnp.array(rows))
         return np.asarray(forward(tokens, keys))
 
+    def head(step: int, rows: list[int]) -> np.ndarray:
+        keys = models.dropout_keys(model, jnp.array(step), jnp.array(rows))
+        return np.asarray(model.unembedding(jnp.ones((2, 4, SMALL.hidden_size)), keys)[0])
+
     forward = jax.jit(lambda tokens, keys: model(tokens, dropout=keys))
     first = hidden(0, [7, 8])
     np.testing.assert_array_equal(hidden(0, [8, 7]), first[::-1])
     for other in (first[1], hidden(1, [7, 8])[0], np.asarray(forward(tokens, None))[0]):
         assert np.abs(first[0] - other).max() > 1e-3
+    first = head(0, [7, 8])
+    np.testing.assert_array_equal(head(0, [8, 7]), first[::-1])
+    for other in (first[1], head(1, [7, 8])[0]):
+        assert np.abs(first[0] - other).max() > 1e-3
+    np.testing.assert_array_equal(first[..., : SMALL.hidden_size], 1)  # Of the adapter's alone.
     # Each adapter sees its inputs on average: the same numbers would be dropped together.
     x = jnp.ones((1, 100, 200))
     keys = jax.random.split(jax.random.key(0), 1)
-    dropped = [np.asarray(drop_inputs(x, 0.25, keys, number)) for number in range(3)]
+    dropped = [np.asarray(drop_inputs(x, 0.25, keys, name)) for name in "qkv"]
     for one in dropped:
         np.testing.assert_allclose(np.unique(one), [0, 4 / 3], rtol=1e-6)
         assert abs(one.mean() - 1) < 4 * (0.25 / 0.75 / x.size) ** 0.5
@@ -252,7 +271,8 @@ def test_the_frozen_model_may_be_bfloat16_below_float32_adapters(folder: pathlib
 
 
 def test_a_saved_adapter_is_loaded_to_the_same_bits_on_any_mesh(folder: pathlib.Path) -> None:
-    lora = models.Lora(rank=4, alpha=6.0, rslora=True, targets=("k", "o", "up"))
+    targets = ("k", "o", "up", "embed", "head")
+    lora = models.Lora(rank=4, alpha=6.0, rslora=True, targets=targets)
     model = adapted(models.load_pretrained(folder), lora)
     models.save_adapter(model, folder / "adapter", base=str(folder))
     again = models.load_pretrained(folder)
@@ -268,6 +288,9 @@ def test_a_saved_adapter_is_loaded_to_the_same_bits_on_any_mesh(folder: pathlib.
     }
     assert tuple(shards["up_lora_a"]) == (None, None, "fsdp")
     assert tuple(shards["up_lora_b"]) == (None, "tensor", None)
+    for name in ("embed", "head"):  # Of 31 rows, which are padded.
+        assert tuple(shards[f"{name}_lora_a"]) == (None, "fsdp")
+        assert tuple(shards[f"{name}_lora_b"]) == ("tensor", None)
     np.testing.assert_allclose(logits(divided), logits(model), **HF_LOGITS)
     models.save_adapter(divided, folder / "again", base=str(folder))
     for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -282,6 +305,7 @@ def test_a_saved_adapter_is_loaded_to_the_same_bits_on_any_mesh(folder: pathlib.
     ("changes", "message"),
     [
         ({"use_dora": True}, r"use_dora=True is not supported, expected False; merge the adapter"),
+        ({"ensure_weight_tying": True}, "ensure_weight_tying=True is not supported"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\] is not supported"),
         ({"peft_type": "IA3"}, "peft_type='IA3' is not supported, expected 'LORA'"),
         ({"r": None}, "expected r and lora_alpha of an adapter"),
@@ -315,17 +339,17 @@ def test_tensors_that_do_not_belong_to_the_model_are_named(tmp_path: pathlib.Pat
     tensors = load_file(file)
     first = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     assert tensors[first].shape == (4, 16)
-    extra = "base_model.model.lm_head.lora_A.weight"
+    extra = "base_model.model.model.norm.lora_A.weight"
     save_file(tensors | {extra: np.zeros((4, 16), np.float32)}, file)
     other = models.load_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"does not fit the model: .*lm_head.lora_A.* \(not exp"):
+    with pytest.raises(UserError, match=r"does not fit the model: .*norm.lora_A.* \(not exp"):
         models.load_adapter(other, tmp_path / "adapter")
     del tensors[first]
     save_file(tensors, file)
     with pytest.raises(UserError, match=r"layers.0.*lora_A.weight \(expected \(4, 16\), got none"):
         models.load_adapter(other, tmp_path / "adapter")
     save_file({extra: np.zeros((4, 16), np.float32)}, file)
-    with pytest.raises(UserError, match="expected adapters of the layers' projections, such as"):
+    with pytest.raises(UserError, match="expected adapters of the model's matrices, such as"):
         models.load_adapter(other, tmp_path / "adapter")
     file.write_bytes(b"torn")
     with pytest.raises(UserError, match="not a safetensors file"):
@@ -337,9 +361,9 @@ def test_tensors_that_do_not_belong_to_the_model_are_named(tmp_path: pathlib.Pat
     [
         ({"rank": 0}, "lora.rank: expected more than 0, got 0"),
         ({"alpha": -1.0}, "lora.alpha: expected more than 0, got -1.0"),
-        ({"targets": ("q", "lm_head")}, r"lora.targets: expected all, or .*, got 'lm_head'"),
+        ({"targets": ("q", "norm")}, r"lora.targets: expected all, or .*head, got 'norm'"),
         ({"dropout": 1.0}, "lora.dropout: expected at least 0 and below 1, got 1.0"),
-        ({"targets": ()}, "lora.targets: expected at least one projection, got none"),
+        ({"targets": ()}, "lora.targets: expected at least one matrix, got none"),
     ],
     ids=str,
 )
@@ -350,9 +374,13 @@ def test_options_without_meaning_are_refused(options: dict[str, Any], message: s
 
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
+@pytest.mark.parametrize(("rslora", "ends"), [(False, ()), (True, ("embed_tokens", "lm_head"))])
 @pytest.mark.parametrize("case", ["llama3", "qwen2", "qwen3", "gemma3"])
-def test_peft_agrees_in_both_directions(case: str, rslora: bool, tmp_path: pathlib.Path) -> None:
+def test_peft_agrees_in_both_directions(
+    case: str, rslora: bool, ends: tuple[str, ...], tmp_path: pathlib.Path
+) -> None:
     import peft
     import torch
     import transformers
@@ -371,7 +399,8 @@ def test_peft_agrees_in_both_directions(case: str, rslora: bool, tmp_path: pathl
     # Ours, loaded by PEFT.
     model = models.load_pretrained(tmp_path / "base")
     before = logits(model)
-    adapted(model, models.Lora(rank=4, alpha=6.0, rslora=rslora))
+    tied = model.config.tie_embeddings
+    adapted(model, models.Lora(rank=4, alpha=6.0, rslora=rslora, targets=(*PROJECTIONS, *ends)))
     models.save_adapter(model, tmp_path / "ours", base=str(tmp_path / "base"))
     loaded = peft.PeftModel.from_pretrained(base(), tmp_path / "ours")
     np.testing.assert_allclose(theirs(loaded), logits(model), **HF_LOGITS)
@@ -383,14 +412,15 @@ def test_peft_agrees_in_both_directions(case: str, rslora: bool, tmp_path: pathl
         tmp_path / "merged", dtype=torch.float32, attn_implementation="eager"
     )
     np.testing.assert_allclose(theirs(whole), logits(model), **HF_LOGITS)
-    np.testing.assert_allclose(theirs(loaded.merge_and_unload()), logits(model), **HF_LOGITS)
+    if not (tied and ends):  # PEFT would add both products to the one matrix.
+        np.testing.assert_allclose(theirs(loaded.merge_and_unload()), logits(model), **HF_LOGITS)
     # PEFT's, loaded by us.
     torch.manual_seed(0)
     options = peft.LoraConfig(
         r=3,
         lora_alpha=5,
         use_rslora=rslora,
-        target_modules=["q_proj", "o_proj", "down_proj"],
+        target_modules=["q_proj", "o_proj", "down_proj", *ends],
         init_lora_weights=False,
         task_type="CAUSAL_LM",
     )

@@ -19,7 +19,7 @@ from flax import nnx
 
 from ranktuner_jax import evals, models
 from ranktuner_jax.errors import UserError
-from ranktuner_jax.models.partition import PROJECTIONS
+from ranktuner_jax.models.partition import PROJECTIONS, TARGETS
 from ranktuner_jax.models.quantized import BLOCK, NF4, quantize
 from tests.tolerances import HF_LOGITS, LOSS_GRADIENT
 
@@ -152,10 +152,10 @@ def whole_stacks(jaxpr: Any) -> Iterator[str]:
 
 def trained(model: models.Decoder) -> tuple[Callable[..., nnx.State], nnx.State, nnx.State]:
     """The gradient of a loss in the adapters that the model gets, and its two arguments."""
-    lora = models.Lora(rank=3, alpha=6.0)
+    lora = models.Lora(rank=3, alpha=6.0, targets=TARGETS)
     models.add_adapters(model, lora, rngs=nnx.Rngs(1))
     for key, name in enumerate(lora.targets):
-        b = getattr(model.layers, f"{name}_lora_b")
+        b = getattr(model.layers if name in PROJECTIONS else model, f"{name}_lora_b")
         b.set_value(0.1 * jax.random.normal(jax.random.key(key), b.shape))
     graph, _ = nnx.split(model)
     params, base = nnx.state(model, nnx.Param, ...)

@@ -366,7 +366,12 @@ def test_a_run_on_a_quantised_base_resumes_and_is_merged_into_the_whole_one(
     )
     base = tmp_path / "base"
     models.save_pretrained(models.Decoder(shape, rngs=nnx.Rngs(0)), base, tokenizer_from=tiny_model)
-    keys = {"lora__base": "nf4", "lora__dropout": 0.2, "checkpoint__every_steps": 0}
+    keys = {
+        "lora__base": "nf4",
+        "lora__targets": "all,embed,head",
+        "lora__dropout": 0.2,
+        "checkpoint__every_steps": 0,
+    }
     config = make(model=base, **keys)
     trained = []
     for workdir, resumed, steps in (

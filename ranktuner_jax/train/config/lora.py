@@ -24,8 +24,9 @@ class LoraConfig:
       rank: Rank of the adapters, such as 16; 0 trains the whole model.
       alpha: The adapters' outputs are multiplied by alpha / rank.
       rslora: Whether they are multiplied by alpha / sqrt(rank) instead.
-      targets: The projections with adapters: "all", or names with commas between them, of q, k, v,
-        o, gate, up and down, or of Hugging Face's modules (q_proj and so on).
+      targets: The matrices with adapters, with commas between them: of the layers q, k, v, o,
+        gate, up and down, or "all" for these; embed and head. Or the names of Hugging Face's
+        modules (q_proj and so on, embed_tokens, lm_head).
       base: Type of the frozen parameters, "float32" or "bfloat16"; or "nf4" or "int8", which have
         the layers' matrices in 4 or 8 bits and the rest in bfloat16. "" is train.param_dtype,
         which the adapters always have.
@@ -81,5 +82,7 @@ class LoraConfig:
         """The adapters to begin with, if they are new."""
         if not self.rank:
             return None
-        names = PROJECTIONS if self.targets == "all" else tuple(self.targets.split(","))
-        return models.Lora(self.rank, self.alpha, self.rslora, names, self.dropout)
+        names: list[str] = []
+        for name in self.targets.split(","):
+            names += PROJECTIONS if name == "all" else [name]
+        return models.Lora(self.rank, self.alpha, self.rslora, tuple(names), self.dropout)

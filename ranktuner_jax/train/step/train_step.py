@@ -62,12 +62,8 @@ def make_train_step(
         params: Any, batch: Batch, state: TrainState
     ) -> tuple[Float[Array, ""], losses.LossOutput]:
         model = state.model(params)
-        hidden = model(
-            batch.tokens,
-            batch.positions,
-            batch.segment_ids,
-            dropout=models.dropout_keys(model, state.step, batch.row_index),
-        )
+        dropout = models.dropout_keys(model, state.step, batch.row_index)
+        hidden = model(batch.tokens, batch.positions, batch.segment_ids, dropout=dropout)
         loss = make_loss(
             mesh,
             batch_axes=BATCH_AXES,
@@ -78,8 +74,7 @@ def make_train_step(
             vocab_size=model.vocab_size,
         )
         output = loss(
-            hidden,
-            model.unembed,
+            *model.unembedding(hidden, dropout),
             batch.labels,
             batch.mask,
             token_weights=batch.token_weights,

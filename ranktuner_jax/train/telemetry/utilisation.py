@@ -98,7 +98,8 @@ def step_flops(
     6 per token and parameter of the layers, 6 per supervised token and entry of the unembedding,
     and 12·heads·head_dim per layer and pair of tokens of which one attends to the other (ignoring
     sliding windows). Padding, recomputation and masked attention are not counted. What adapters
-    keep frozen has no gradient: 4 instead of 6 for it, and 6 for the adapters.
+    keep frozen has no gradient: 4 instead of 6 for it, and 6 for the adapters, that of the head per
+    supervised token; the B of the embeddings' is looked up.
 
     Args:
       config: The model.
@@ -118,12 +119,17 @@ def step_flops(
     width, heads = config.hidden_size, config.num_heads * config.head_dim
     kv_heads = config.num_kv_heads * config.head_dim
     layer = 2 * width * (heads + kv_heads) + 3 * width * config.intermediate_size
-    passes, adapters = 6, 0
+    passes, adapters, head = 6, 0, 0
     if lora is not None:
-        passes, adapters = 4, sum(map(math.prod, models.adapter_shapes(config, lora).values()))
+        passes = 4
+        for name, shape in models.adapter_shapes(config, lora).items():
+            if name.startswith("head"):
+                head += math.prod(shape)
+            elif name != "embed_lora_b":
+                adapters += math.prod(shape)
     return (
         (passes * config.num_layers * layer + 6 * adapters) * tokens
-        + passes * width * config.vocab_size * supervised
+        + (passes * width * config.vocab_size + 6 * head) * supervised
         + 12 * config.num_layers * heads * seen
     )
 

@@ -18,7 +18,9 @@ def test_help_lists_every_command_without_importing_jax(capsys: pytest.CaptureFi
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert time.perf_counter() - start < 5
     assert all(name in ran.stdout for name in cli.COMMANDS)
-    assert "jax" not in ran.stdout.splitlines()[-1].split()
+    modules = ran.stdout.splitlines()[-1].split()
+    assert "jax" not in modules
+    assert len(modules) < 150
     assert cli.main([]) == 0
     assert "ranktuner COMMAND" in capsys.readouterr().out
 
@@ -141,6 +143,63 @@ for argv in json.loads(sys.argv[1]):
     assert lines[::2] == [f"> {argv}" for argv in MISTAKES]
     assert all(line.startswith("ranktuner: ") for line in lines[1::2]), ran.stderr
     assert len(lines) == 2 * len(MISTAKES), ran.stderr
+
+
+# Packages that take long to import, and that only a run which is not refused needs.
+HEAVY = {
+    *("altair", "grain", "orbax", "reasoning_gym", "tensorflow_datasets"),
+    *("transformers", "vl_convert"),
+}
+OWN = ["train", "--workdir=x", "--config=own_data"]
+REFUSED_EARLY = [
+    ["train"],
+    ["train", "--workdir=x", "--steps=3"],
+    ["train", "--workdir=x", "--config=nothing"],
+    ["train", "--workdir=x", "--config=broken.py"],
+    ["train", "--workdir=x", "--config.train.stps=3"],
+    ["train", "--workdir=x", "--config.train.steps=a"],
+    ["train", "--workdir=x", "--config.loss.weighting=rank"],
+    ["train", "--workdir=x", "--config.eval.task=chain_sun"],
+    ["train", "--workdir=x", "--config.mesh.data=3"],
+    ["train", "--workdir=x", "--config.train.batch_size=3"],
+    ["train", "--workdir=other", "--config.seed=5"],
+    [*OWN, "--config.data.source=none.jsonl"],
+    [*OWN, "--config.data.source=rows.jsonl", "--config.data.split=test"],
+    [*OWN, "--config.data.source=rows.jsonl", "--config.eval.split=test"],
+    [*OWN, "--config.data.source=rows.jsonl", "--config.model=none"],
+    ["eval", "--config=own_data", "--model=none", "--config.data.source=rows.jsonl"],
+    ["eval", "--workdir=none"],
+    ["audit", "--output=y", "--config=nothing"],
+    ["data", "inspect", "--config.data.source=none.jsonl"],
+    ["data", "prepare", "--config.data.source=none.jsonl"],
+    ["export", "--workdir=none", "--output=y"],
+]
+SHOWN_EARLY = [
+    [*name.split(), "--help"]
+    for name in ("train", "eval", "audit", "export", "data prepare", "data inspect", "plan")
+]
+
+
+def test_help_and_mistakes_do_not_wait_for_heavy_imports(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "broken.py").write_text("def get_config():\n    return {\n")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "2 + 2", "completion": "4"}\n' * 40)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"seed": 3}')
+    code = """
+import json, sys
+from ranktuner_jax import cli
+argvs, heavy = json.loads(sys.argv[1])
+for argv in argvs:
+    code = cli.main(argv)
+    assert code == (0 if "--help" in argv else 2), argv
+    loaded = {name.split(".")[0] for name in sys.modules} & set(heavy)
+    assert not loaded, (argv, loaded)
+"""
+    arguments = json.dumps([SHOWN_EARLY + REFUSED_EARLY, sorted(HEAVY)])
+    command = [sys.executable, "-c", code, arguments]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert len(ran.stderr.splitlines()) == len(REFUSED_EARLY), ran.stderr
 
 
 def test_a_user_error_ends_the_command_with_2(tmp_path: pathlib.Path) -> None:

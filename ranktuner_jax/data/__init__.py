@@ -5,7 +5,7 @@ from ranktuner_jax.data.batches import BatchIterator
 from ranktuner_jax.data.chat import ChatEncoder, TokenizedChat, turn_end_id
 from ranktuner_jax.data.config import DataConfig
 from ranktuner_jax.data.holdout import HOLDOUT
-from ranktuner_jax.data.load import Example, load_examples, load_rows
+from ranktuner_jax.data.load import Example, check_sources, load_examples, load_rows
 from ranktuner_jax.data.packing import best_fit
 from ranktuner_jax.data.records import BadRowError, Conversation, to_conversation
 from ranktuner_jax.data.rows import Rows
@@ -28,6 +28,7 @@ __all__ = [
     "Summary",
     "TokenizedChat",
     "best_fit",
+    "check_sources",
     "load_examples",
     "load_rows",
     "load_tokenizer",

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, overload
 
 import jinja2
 import numpy as np
-from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from ranktuner_jax.data.bounds import TokenBound
 from ranktuner_jax.data.prefixes import Tracer
@@ -134,6 +133,9 @@ class ChatEncoder:
                 f"model: the tokenizer of {tokenizer.name_or_path} has no chat template; set "
                 "data.chat_template to plain (built in) or to the path of a Jinja file"
             )
+        # Imported here, so that a command is refused before it has waited for transformers.
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
         self._template = tokenizer.get_chat_template()
         try:
             self._compiled = _compile_jinja_template(self._template)
@@ -304,6 +306,8 @@ class ChatEncoder:
     def _render_marked(
         self, messages: list[dict[str, Any]], weights: Sequence[float], options: dict[str, Any]
     ) -> _Rendering:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
         render: Any = render_jinja_template  # its annotations are wrong
         try:
             [text], [marked] = render(

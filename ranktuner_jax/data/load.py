@@ -50,7 +50,7 @@ from ranktuner_jax.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Example", "load_examples", "load_rows", "share_of"]
+__all__ = ["Example", "check_sources", "load_examples", "load_rows", "share_of"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,29 @@ class Example:
     prompt_tokens: tuple[int, ...]
     completion_tokens: tuple[int, ...]
     row: Mapping[str, Any]
+
+
+def check_sources(config: DataConfig, *splits: str) -> None:
+    """Finds the sources of a config, and reads none of their rows.
+
+    Called before a tokenizer is loaded, which takes a second, it tells users of a misspelled source
+    at once.
+
+    Args:
+      config: What to read.
+      *splits: The splits to read.
+
+    Raises:
+      UserError: If a source or a split does not exist.
+
+    Example:
+      >>> check_sources(DataConfig("none.jsonl"), "train")
+      Traceback (most recent call last):
+      ranktuner_jax.errors.UserError: data.source: expected a file, got none.jsonl, which ...
+    """
+    for source, _ in config.mixture or ((config.source, 1.0),):
+        for split in dict.fromkeys(splits):
+            Split(config, source, split)
 
 
 def load_rows(

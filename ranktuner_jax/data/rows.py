@@ -8,8 +8,8 @@ import itertools
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import grain
 import jax
 import numpy as np
 
@@ -18,6 +18,9 @@ from ranktuner_jax.data.chat import TokenizedChat
 from ranktuner_jax.data.chats import Chats, Part
 from ranktuner_jax.data.packing import Groups
 from ranktuner_jax.data.summary import Summary
+
+if TYPE_CHECKING:
+    import grain
 
 __all__ = ["Order", "Rows"]
 
@@ -191,6 +194,8 @@ class Rows:
           seed: Determines the order.
           batch_size: Rows of a batch.
         """
+        import grain
+
         stops = itertools.accumulate(count for count, _ in self._parts)
         parts = [range(stop - n, stop) for stop, (n, _) in zip(stops, self._parts, strict=True)]
         orders, shares = [], []

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import tensorflow_datasets as tfds
 from etils import epath
 
 from ranktuner_jax.data.builtin import BUILTIN, prepare_builtin
@@ -143,13 +142,16 @@ def open_source(
         return _open_hub(source.removeprefix("hub:"), split, subset)
     if source.endswith((".jsonl", ".parquet")):
         return _open_files(source, split)
-    if source in BUILTIN:
-        return _open_tfds(source, tfds.builder_from_directory(prepare_builtin(source)), split)
-    return _open_tfds(source, _tfds_builder(source, data_dir), split)
+    folder = str(prepare_builtin(source)) if source in BUILTIN else source
+    return _open_tfds(source, _tfds_builder(folder, data_dir), split)
 
 
 def _instructions(source: str, split: str, lengths: dict[str, int]) -> list[tuple[str, int, int]]:
     """The rows that a TFDS split string selects, as (split name, start, stop)."""
+    if split in lengths:
+        return [(split, 0, lengths[split])]
+    import tensorflow_datasets as tfds
+
     infos = {
         name: tfds.core.SplitInfo(name=name, shard_lengths=[length], num_bytes=0)
         for name, length in lengths.items()
@@ -307,6 +309,8 @@ def _parquet(path: epath.Path) -> Any:
 
 
 def _tfds_builder(source: str, data_dir: str) -> Any:
+    import tensorflow_datasets as tfds
+
     folder = _fetched(source) if "://" in source else Path(source).expanduser()
     try:
         if folder.is_dir():
@@ -400,7 +404,9 @@ def _remove_unless_held(copy: Path) -> None:
 def _open_tfds(source: str, builder: Any, split: str) -> Source:
     views = {name: _Tfds(source, builder, name) for name in builder.info.splits}
     files = [path for path in epath.Path(builder.data_path).iterdir() if path.is_file()]
-    return Source(source, split, views, sorted(files, key=os.fspath))
+    opened = Source(source, split, views, sorted(files, key=os.fspath))
+    len(opened)  # An unknown split is an error already.
+    return opened
 
 
 class _Tfds:

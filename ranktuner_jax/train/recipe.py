@@ -95,6 +95,7 @@ def _train_and_evaluate(run: Run, hooks: Sequence[Hook]) -> RunResult:
     if (workdir / "result.json").exists():
         return RunResult.from_json(json.loads((workdir / "result.json").read_text()))
     # Opened first, so that an invalid config does not claim the folder.
+    run.check()
     _ = run.mesh, run.stop_ids, run.rows, run.held_out, run.steps, run.model
     own = run.make_hooks()
     evaluate = own[0]

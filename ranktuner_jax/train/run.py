@@ -137,12 +137,26 @@ class Run:
         """The tokens that end a turn."""
         return evals.stop_ids(self.tokenizer)
 
+    def check(self) -> None:
+        """Checks what can be without a tokenizer and a model: the mesh, the batch and the sources.
+
+        Raises:
+          UserError: If a batch cannot be divided over the mesh, or a source or a split does not
+            exist.
+        """
+        self._check_batch()
+        data.check_sources(self.config.data, self.config.data.split, self.config.eval.split)
+
+    def _check_batch(self) -> None:
+        train = self.config.train
+        check_batch(self.mesh, train.batch_size, train.accumulation)
+        row_share(self.mesh)
+
     @functools.cached_property
     def rows(self) -> data.Rows:
         """The training rows; checks that a batch can be divided over the mesh."""
+        self._check_batch()
         size = self.config.train.batch_size
-        check_batch(self.mesh, size, self.config.train.accumulation)
-        row_share(self.mesh)
         rows = data.load_rows(
             self.config.data, self.tokenizer, seed=self.config.seed, min_rows=size
         )
@@ -156,6 +170,7 @@ class Run:
     @functools.cached_property
     def held_out(self) -> HeldOut:
         """The data that the run is evaluated on."""
+        data.check_sources(self.config.data, self.config.eval.split)
         return HeldOut(self.config, self.folder, self.tokenizer)
 
     @functools.cached_property

@@ -29,7 +29,6 @@ import ranktuner_jax
 from ranktuner_jax import data, models
 from ranktuner_jax.diagnostics import audit_methods
 from ranktuner_jax.diagnostics.audit import Audit
-from ranktuner_jax.diagnostics.report import audited, write_audit_report, write_moved_report
 from ranktuner_jax.errors import UserError
 from ranktuner_jax.evals.processes import on_first_process
 from ranktuner_jax.train.commands import flags
@@ -69,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"--limit: expected at least 1, got {args.limit}")
         opened = Run.open(_for_audit(flags.read_config_and_connect(args), args.adapter))
         if args.against is not None:  # Refused now, not after the work.
+            from ranktuner_jax.diagnostics.report import audited
+
             on_first_process(lambda: audited.open_audit(args.against).rows)
         keep_compiled()
         first = jax.process_index() == 0
@@ -88,6 +89,9 @@ def run(args: argparse.Namespace) -> int:
                 print("stopped: run the same command to go on", file=sys.stderr)
                 return PREEMPTED
         if first:
+            # Altair takes a second to import, which an audit that is refused should not wait for.
+            from ranktuner_jax.diagnostics.report import write_audit_report, write_moved_report
+
             report = write_audit_report(pathlib.Path(args.output))
             _show(audit.result())
             print(f"report: {report}")

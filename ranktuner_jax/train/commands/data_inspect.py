@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
     if args.rows < 0:
         raise UserError(f"--rows: expected at least 0, got {args.rows}")
     config = flags.read_config(args)
+    data.check_sources(config.data, config.data.split)
     tokenizer = data.load_tokenizer(models.resolve(config.model), config.data.chat_template)
     rows = data.load_rows(config.data, tokenizer, seed=config.seed)
     console = Console(highlight=False)

@@ -77,8 +77,10 @@ def _tokenize(config: TrainConfig, args: argparse.Namespace) -> int:
             f"--split: expected --output with it, got {args.split[0]!r} alone; name the splits to "
             "tokenize in --config.data.split and --config.eval.split"
         )
+    splits = list(dict.fromkeys((config.data.split, config.eval.split)))
+    data.check_sources(config.data, *splits)
     tokenizer = data.load_tokenizer(models.resolve(config.model), config.data.chat_template)
-    for split in dict.fromkeys((config.data.split, config.eval.split)):
+    for split in splits:
         rows = data.load_rows(
             config.data, tokenizer, split=split, seed=config.seed, min_rows=config.train.batch_size
         )

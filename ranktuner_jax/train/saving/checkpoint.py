@@ -8,11 +8,10 @@ import functools
 import importlib.metadata
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
@@ -22,6 +21,9 @@ from ranktuner_jax.train.saving.checksums import by_name, checksums, json_checks
 from ranktuner_jax.train.saving.orbax_log import clear_frames, one_line, quiet_orbax, root_cause
 from ranktuner_jax.train.saving.workdir import config_differences
 from ranktuner_jax.train.step.state import TrainState
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
 
 __all__ = ["Checkpoints", "Restored"]
 
@@ -80,6 +82,9 @@ class Checkpoints:
         write_gigabytes: float = _WRITE_GIGABYTES,
         base: Any = None,
     ) -> None:
+        # Imported here, so that a command is refused before it has waited for Orbax.
+        import orbax.checkpoint as ocp
+
         self.folder = _absolute(epath.Path(workdir)) / "checkpoints"
         self._run: dict[str, Any] = {"config": run, "versions": _versions()}
         if jax.tree.leaves(base):
@@ -97,7 +102,7 @@ class Checkpoints:
         self._read_only, self._saving = read_only, 0
         with contextlib.ExitStack() as stack:
             stack.enter_context(quiet_orbax())
-            self._manager = _Manager(
+            self._manager = _manager(
                 self.folder,
                 item_handlers=self._handlers,
                 options=ocp.CheckpointManagerOptions(
@@ -117,6 +122,8 @@ class Checkpoints:
         """
         if step == self._manager.latest_step():
             return
+        import orbax.checkpoint as ocp
+
         self.wait()  # So that errors name the right checkpoint.
         self._saving = step
         arrays = _arrays(state)
@@ -152,6 +159,8 @@ class Checkpoints:
           UserError: If no checkpoint is intact, or it belongs to a run with another config,
             another model or another optimizer.
         """
+        import orbax.checkpoint as ocp
+
         arrays = _arrays(state)
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, arrays)
         found = self._newest(
@@ -250,6 +259,7 @@ class Checkpoints:
         Raises:
           _BrokenError: In every process, if the checkpoint is broken in any of them.
         """
+        import orbax.checkpoint as ocp
 
         # Not the manager's restore, which ends in a collective: a process that fails to read its
         # share would not join it, and the others would hang.
@@ -303,6 +313,7 @@ class Checkpoints:
         Raises:
           _BrokenError: In every process, if the checkpoint is broken in any of them.
         """
+        import orbax.checkpoint as ocp
 
         def read(part: Any) -> Any:
             how = ocp.checkpoint_utils.construct_restore_args(part)
@@ -347,13 +358,18 @@ class Checkpoints:
             ) from error
 
 
-class _Manager(ocp.CheckpointManager):
-    def reached_preemption(self, step: int) -> bool:
-        """Always False: only the training loop polls for preemption (`StopNotice`).
+def _manager(*args: Any, **options: Any) -> ocp.CheckpointManager:
+    import orbax.checkpoint as ocp
 
-        Orbax would poll from its threads as well, for past steps.
-        """
-        return False
+    class Manager(ocp.CheckpointManager):
+        def reached_preemption(self, step: int) -> bool:
+            """Always False: only the training loop polls for preemption (`StopNotice`).
+
+            Orbax would poll from its threads as well, for past steps.
+            """
+            return False
+
+    return Manager(*args, **options)
 
 
 def _arrays(state: TrainState) -> dict[str, Any]:

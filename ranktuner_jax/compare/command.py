@@ -47,6 +47,7 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `ranktuner compare`."""
     flags.add_config(parser, default="smollm2_chain_sum")
+    flags.add_adapter(parser)
     parser.add_argument("--output", required=True, help="folder for the runs and the result")
     parser.add_argument(
         "--methods",
@@ -152,7 +153,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _load(args: argparse.Namespace, more: Sequence[str]) -> TrainConfig:
     """The config with the flags and further overrides; its runs show no progress of their own."""
-    config = load_config(args.config, [*args.overrides, *more])
+    adapter = [f"--config.lora.adapter={args.adapter}"] if args.adapter else []
+    config = load_config(args.config, [*args.overrides, *adapter, *more])
     quiet = dataclasses.replace(config.telemetry, progress=False)
     return dataclasses.replace(config, telemetry=quiet)
 

@@ -355,6 +355,7 @@ def test_a_mistake_in_how_questions_are_asked_is_found_before_training(
         (["--normalize=weights"], "--normalize: expected tokens or tokens,weights"),
         (["--config.eval.task="], "eval.task: expected questions to compare the methods by"),
         (["--tasks=absent.jsonl", "--grader=number"], "absent.jsonl"),
+        (["--adapter=absent"], "lora.adapter: expected PEFT's folder, found no absent"),
         (["--primary=ood"], "--primary: expected one of held-out, got 'ood'"),
     ],
 )

@@ -219,7 +219,7 @@ def test_data_that_cannot_be_used_is_one_line_and_leaves_the_workdir_free(
     source, workdir = tmp_path / "bad.jsonl", tmp_path / "run"
     source.write_text(text and text + "\n")
     arguments = ["train", f"--config={tiny_config_file}", f"--config.data.source={source}"]
-    assert cli.main([*arguments, f"--workdir={workdir}"]) == 2
+    assert cli.main([*arguments, "--config.eval.split=train", f"--workdir={workdir}"]) == 2
     shown = capsys.readouterr()
     assert shown.err.count("\n") == 1
     assert any(word in shown.err for word in message.split("|")), shown.err

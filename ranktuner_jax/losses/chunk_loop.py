@@ -87,12 +87,14 @@ def _loop(
     )
     grads = None
     if gradients:
-        by: Any = {name: getattr(operands, name) for name in gradients}
-        by = Operands(**dict.fromkeys(("hidden", "unembed", "bias")) | by)
-        grads = dataclasses.replace(
-            jax.tree.map(lambda x: zeros(*x.shape, axes=matrix_axes), by),
-            hidden=zeros(slots, by.hidden.shape[1], dtype=hidden_dtype, axes=matrix_axes),
-        )
+        width = operands.hidden.shape[1]
+        sums: Any = {
+            name: zeros(*getattr(operands, name).shape, axes=matrix_axes)
+            if name in gradients
+            else None
+            for name in ("unembed", "bias")
+        }
+        grads = Operands(hidden=zeros(slots, width, dtype=hidden_dtype, axes=matrix_axes), **sums)
     state = LoopState(stats, zeros(slots), grads)
 
     def step(

@@ -43,6 +43,7 @@ def memory_gb(step: CompiledStep, program: Program) -> dict[str, float]:
     params, optimizer = shard_bytes(step.state.params), shard_bytes(step.state.opt_state)
     gradients = shard_bytes(step.state.params, jnp.float32)
     layers, activations, loss = step.model.num_layers, 0, 0
+    over_layers = (layers, layers - 1)  # XLA may take the first one out of the loop.
     parameters = jax.tree.leaves((step.state.params, step.state.base))
     kept = {leaf.sharding.shard_shape(leaf.shape) for leaf in parameters}
     for computation, one, _ in program.located():
@@ -51,10 +52,7 @@ def memory_gb(step: CompiledStep, program: Program) -> dict[str, float]:
         carried = [array for array in one.arrays if array.in_hbm]
         if "chunks_of_" in one.op_name:
             loss = max(loss, _distinct(carried))
-        elif (
-            program.trips(computation, one) in (layers, layers - 1)
-            and "transpose" not in one.op_name
-        ):
+        elif "transpose" not in one.op_name and program.trips(computation, one) in over_layers:
             stacked = [a for a in carried if a.shape[:1] == (layers,) and a.shape not in kept]
             activations = max(activations, sum(array.num_bytes for array in stacked))
     arguments = memory.argument_size_in_bytes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import importlib.util
 import os
@@ -28,9 +27,7 @@ from ranktuner_jax.bench.row import (
 )
 from ranktuner_jax.bench.torch_losses import EAGER, torch_row
 from ranktuner_jax.errors import UserError
-from ranktuner_jax.losses import chunk
-from ranktuner_jax.losses.inputs import Operands
-from ranktuner_jax.losses.projection import Projection
+from ranktuner_jax.losses.chunk import dot
 
 __all__ = ["add_arguments", "jax_cases", "jax_row", "run"]
 
@@ -71,7 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compile-for",
         metavar="TOPOLOGY",
         help="instead of measuring, compile for one chip of a TPU topology such as v5e:2x2, in "
-        "bfloat16, and print XLA's estimates of time and memory; needs libtpu, but no TPU",
+        "bfloat16, and print XLA's own estimates of clock cycles and memory; needs libtpu, but no "
+        "TPU",
     )
     add_json(parser)
 
@@ -186,7 +184,7 @@ def jax_cases(chunk_size: int | None) -> dict[str, Callable[..., Any]]:
 
 def _logits(hidden: Any, unembed: Any) -> Any:
     """In float32, whatever the inputs are."""
-    return chunk.dot(hidden, unembed, (1, 1), jnp.float32)
+    return dot(hidden, unembed, (1, 1), jnp.float32)
 
 
 def _matmuls(hidden: Any, unembed: Any, labels: Any, mask: Any) -> Any:
@@ -258,68 +256,36 @@ def _compiled_records(
     device: Any, shapes: Iterable[tuple[int, int, int]], chunk_size: int | None
 ) -> Iterator[Record]:
     """XLA's estimates for one chip: bfloat16 inputs, float32 accumulation."""
-    compiler = _Compiler(jax.sharding.SingleDeviceSharding(device))
+    from ranktuner_jax.plan.hlo import Program
+    from ranktuner_jax.plan.program import chunk_trips
+
+    sharding = jax.sharding.SingleDeviceSharding(device)
     cases = jax_cases(chunk_size)
-    for shape in shapes:
+
+    def cost(case: str, shape: tuple[int, int, int]) -> tuple[int, int]:
         size, features, vocab = shape
-        inputs = compiler.inputs(*shape)
-        base = compiler.cost(cases["dense CE"], *inputs)
-        seconds, memory = compiler.cost(cases["fused RankTuner"], *inputs)
-        # XLA counts the body of each loop once. The main loop runs once per chunk, the loop over
-        # the remainder not at all.
-        main = chunk_size or losses.default_chunk_size(*shape)
-        body = compiler.chunk_seconds(main, features, vocab)
-        seconds += (size / main - 1) * body - compiler.chunk_seconds(main // 4, features, vocab)
-        for name, cost in {"dense CE": base, "fused RankTuner": (seconds, memory)}.items():
-            figures = {
-                "estimate_s": cost[0],
-                "÷ dense CE, time": cost[0] / base[0],
-                "temp_bytes": cost[1],
-                "÷ dense CE, memory": cost[1] / base[1],
-            }
-            title = f"{setting(shape, 'bfloat16')}, compiled, XLA's estimate"
-            yield Record("loss", title, name, figures, "bfloat16")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Compiler:
-    """Compiles for a device that may not be attached."""
-
-    sharding: jax.sharding.Sharding
-
-    def array(self, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.sharding)
-
-    def inputs(self, size: int, features: int, vocab: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-        return (
-            self.array(jnp.bfloat16, size, features),
-            self.array(jnp.bfloat16, vocab, features),
-            self.array(jnp.int32, size),
-            self.array(jnp.bool_, size),
+        arrays = (
+            (jnp.bfloat16, size, features),
+            (jnp.bfloat16, vocab, features),
+            (jnp.int32, size),
+            (jnp.bool_, size),
         )
+        inputs = (jax.ShapeDtypeStruct(s, dtype, sharding=sharding) for dtype, *s in arrays)
+        compiled = jax.jit(cases[case]).lower(*inputs).compile()
+        text, memory = compiled.as_text(), compiled.memory_analysis()
+        assert text is not None
+        assert memory is not None
+        return Program(text, chunk_trips(text, size)).cycles, memory.temp_size_in_bytes
 
-    def cost(self, function: Any, *inputs: Any, donate: tuple[int, ...] = ()) -> tuple[float, int]:
-        compiled = jax.jit(function, donate_argnums=donate).lower(*inputs).compile()
-        costs: Any = compiled.cost_analysis()
-        memory: Any = compiled.memory_analysis()
-        return costs["optimal_seconds"], memory.temp_size_in_bytes
-
-    def chunk_seconds(self, size: int, features: int, vocab: int) -> float:
-        """Estimated seconds of one chunk of the fused RankTuner: the body of its loop."""
-        projection = Projection(vocab, vocab)
-
-        def body(hidden: Any, unembed: Any, labels: Any, scratch: Any, d_unembed: Any) -> Any:
-            operands = Operands(hidden, unembed, None)
-            logits = chunk.chunk_logits(operands, projection, scratch)
-            stats, softmax = chunk.chunk_stats(logits, labels, projection, ())
-            weights = losses.RankTuner()(stats)
-            gradients = chunk.chunk_gradients(
-                logits, softmax, weights, labels, operands, projection, d_unembed, None
-            )
-            return stats, gradients, logits
-
-        hidden, unembed, labels, _ = self.inputs(size, features, vocab)
-        scratch = self.array(jnp.float32, projection.num_tiles, size, projection.tile)
-        d_unembed = self.array(jnp.float32, vocab, features)
-        inputs = hidden, unembed, labels, scratch, d_unembed
-        return self.cost(body, *inputs, donate=(3, 4))[0]
+    for shape in shapes:
+        title = f"{setting(shape, 'bfloat16')}, compiled, XLA's estimate"
+        base = cost("dense CE", shape)
+        for name in ("dense CE", "fused CE", "fused RankTuner"):
+            cycles, temporary = base if name == "dense CE" else cost(name, shape)
+            figures = {
+                "million cycles": cycles / 1e6,
+                "÷ dense CE, time": cycles / base[0],
+                "temp_bytes": temporary,
+                "÷ dense CE, memory": temporary / base[1],
+            }
+            yield Record("loss", title, name, figures, "bfloat16")

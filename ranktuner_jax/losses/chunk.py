@@ -27,10 +27,17 @@ if TYPE_CHECKING:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ChunkSoftmax:
-    """Gives probabilities from logits: p = exp(z − peak) / normalizer."""
+    """Gives probabilities: p = exp(z − peak) / normalizer.
+
+    Attributes:
+      peak: The largest logit.
+      normalizer: Σ exp(z − peak).
+      mass: exp(z − peak) for the gradient, or None where it is computed again from the logits.
+    """
 
     peak: Float[Array, "C"]
     normalizer: Float[Array, "C"]
+    mass: Float[Array, "K C W"] | None
 
 
 def dot(
@@ -72,18 +79,34 @@ def chunk_stats(
     labels: Int[Array, "C"],
     projection: Projection,
     fields: Collection[str],
+    gradient_dtype: jnp.dtype | None,
 ) -> tuple[TokenStats, ChunkSoftmax]:
     """Statistics of each token of a chunk; over the whole vocabulary if it is split.
 
     Only a few numbers a token (and the histogram for the expected rank) are communicated
     over the vocabulary axis, whatever the size of the vocabulary.
+
+    Args:
+      logits: Of the chunk.
+      labels: Target ids.
+      projection: How the logits were computed.
+      fields: Optional statistics to compute.
+      gradient_dtype: Type of the products of the gradient; None where there will be none.
     """
     peak = projection.pmax(jnp.max(jnp.max(logits, axis=0), axis=-1))
     label_logit = projection.psum(_label_logit(logits, labels, projection))
     # A cap is a product, c·tanh, and XLA would contract it with the subtraction of the
     # label's logit into one rounding, so that ties with it, itself included, were lost.
-    apart = projection.for_cpu and projection.logit_cap is None
+    apart = projection.backend == "cpu" and projection.logit_cap is None
     moments = (_moments_apart if apart else _moments)(logits, peak, label_logit)
+    mass = None
+    if projection.backend == "tpu" and gradient_dtype is not None:
+        # Read by both products of the gradient, at half the bytes of the logits and with no
+        # exponential. The barrier has it computed in the one pass that computes the moments.
+        (tile,) = logits
+        mass = jnp.exp(tile - peak[:, None]).astype(gradient_dtype)
+        moments, mass = lax.optimization_barrier((moments, mass))
+        mass = mass[None]
     normalizer, weighted, at_least = projection.psum(moments)
     log_normalizer = jnp.log(normalizer)
     nll = log_normalizer - (label_logit - peak)
@@ -106,7 +129,7 @@ def chunk_stats(
         collision=collision,
         vocab_size=projection.vocab_size,
     )
-    return stats, ChunkSoftmax(peak, normalizer)
+    return stats, ChunkSoftmax(peak, normalizer, mass)
 
 
 def chunk_gradients(
@@ -136,7 +159,11 @@ def chunk_gradients(
         tile = lax.dynamic_index_in_dim(logits, index, 0, keepdims=False)
         target = jnp.where(label_tile == index, label_column, -1)
         is_label = lax.broadcasted_iota(jnp.int32, tile.shape, 1) == target[:, None]
-        grad = jnp.exp(tile - softmax.peak[:, None]) * share
+        if softmax.mass is None:
+            mass = jnp.exp(tile - softmax.peak[:, None])
+        else:
+            mass = lax.dynamic_index_in_dim(softmax.mass, index, 0, keepdims=False).astype(dtype)
+        grad = mass * share
         grad -= jnp.where(is_label, weights[:, None], 0)
         if projection.logit_cap is not None:
             slope = 1 - (tile / projection.logit_cap) ** 2

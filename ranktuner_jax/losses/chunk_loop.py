@@ -50,14 +50,13 @@ def run_chunks(
       inputs: On what.
       gradients: Operands to differentiate by: none, or `hidden` and any of the others.
     """
-    compaction = Compaction.of(inputs.tokens.mask, plan.chunk_sizes)
+    compaction = Compaction.of(inputs.tokens.mask, plan.slots)
 
-    def loop(for_cpu: bool) -> Callable[..., LoopState]:
-        projection = dataclasses.replace(plan.projection, for_cpu=for_cpu)
-        return functools.partial(_loop, dataclasses.replace(plan, projection=projection), gradients)
+    def loop(backend: str) -> Callable[..., LoopState]:
+        return functools.partial(_loop, plan.on(backend), gradients)
 
     state: LoopState = lax.platform_dependent(
-        compaction, inputs, cpu=loop(True), default=loop(False)
+        compaction, inputs, cpu=loop("cpu"), tpu=loop("tpu"), default=loop("gpu")
     )
     return compaction, state
 
@@ -107,10 +106,14 @@ def _loop(
         start = first + index * size
         take = functools.partial(compaction.take, start=start, size=size)
         put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
-        chunk = dataclasses.replace(operands, hidden=take(operands.hidden))
+        # Without the barrier XLA:TPU gathers them again inside of each product.
+        hidden = lax.optimization_barrier(take(operands.hidden))
+        chunk = dataclasses.replace(operands, hidden=hidden)
         labels = take(tokens.labels)
         logits = chunk_logits(chunk, projection, scratch)
-        stats, softmax = chunk_stats(logits, labels, projection, plan.fields)
+        stats, softmax = chunk_stats(
+            logits, labels, projection, plan.fields, hidden_dtype if gradients else None
+        )
         static = None if tokens.token_weights is None else take(tokens.token_weights)
         ramp = inputs.ramp.astype(dtype)
         weights = plan.weighting(stats, inputs.batch_stat, token_weights=static, ramp=ramp)

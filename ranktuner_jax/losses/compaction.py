@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -28,9 +27,8 @@ class Compaction:
     count: Int[Array, ""]
 
     @classmethod
-    def of(cls, mask: Bool[Array, "N"], chunk_sizes: tuple[int, ...]) -> Compaction:
-        """Slots for the mask, enough for whole chunks of any size."""
-        slots = math.ceil(mask.size / chunk_sizes[0]) * chunk_sizes[0] + chunk_sizes[0]
+    def of(cls, mask: Bool[Array, "N"], slots: int) -> Compaction:
+        """The given number of slots for the mask."""
         order = jnp.nonzero(mask, size=slots, fill_value=mask.size)[0]
         return cls(order.astype(jnp.int32), jnp.sum(mask, dtype=jnp.int32))
 

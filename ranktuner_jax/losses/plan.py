@@ -13,39 +13,60 @@ from ranktuner_jax.losses.inputs import Operands, check_vocab_size
 from ranktuner_jax.losses.projection import Projection
 from ranktuner_jax.losses.weighting import Weighting
 
-__all__ = ["FusedOptions", "Plan", "default_chunk_size"]
+__all__ = ["BACKENDS", "FusedOptions", "Plan", "default_chunk_size"]
 
-# Default bytes of the float32 logits of a chunk; see `default_chunk_size`.
-_CHUNK_BYTES = 256 * 2**20
+# The backends of XLA that the loop over chunks has a form for.
+BACKENDS = ("cpu", "tpu", "gpu")
+
+# The chunks of `default_chunk_size`: bytes of logits that any may have, and tokens of one on
+# accelerators, where there are few in all and where there are many.
+_LOGIT_BYTES = 256 * 2**20
+_FEW_TOKENS, _FEW_CHUNK, _CHUNK = 8192, 1024, 2048
 
 
 def default_chunk_size(
-    num_tokens: int, features: int, vocab_size: int, *, fields: Collection[str] = ()
+    num_tokens: int,
+    features: int,
+    vocab_size: int,
+    *,
+    fields: Collection[str] = (),
+    backend: str = "cpu",
 ) -> int:
     """The number of tokens in a chunk, whose logits are held at a time.
 
     Each chunk reads and writes the float32 gradient of the unembedding once, 8·V·D
-    bytes for 6·C·V·D operations, so small chunks are bound by memory. The logits may
-    take 256 MiB, or half of what that gradient takes where this is more, and the bins
-    in which `expected_rank` is counted may take half as much as the logits may. The
-    number of tokens is rounded down to a power of two.
+    bytes for 6·C·V·D operations, so small chunks are bound by memory. A chunk has as many
+    tokens as 256 MiB of float32 logits hold, or more: on CPUs D/2, whose logits take half
+    of what that gradient does; on accelerators, which do some hundred operations in the
+    time of a byte, 2048, or 1024 in batches of fewer than 8192. The bins in which
+    `expected_rank` is counted may take 128 MiB, or a quarter of what that gradient does.
+    The number of tokens is rounded down to a power of two.
 
     Args:
       num_tokens: Positions in the batch, supervised or not.
       features: Width D of the hidden states.
       vocab_size: Rows of the unembedding on this device.
       fields: Optional statistics that are computed, as named in a weighting's `requires`.
+      backend: The backend of XLA: "cpu", "tpu" or "gpu".
 
     Example:
       >>> default_chunk_size(2048, 576, 49152), default_chunk_size(8192, 4096, 151936)
       (1024, 2048)
       >>> default_chunk_size(16384, 64, 256, fields=("expected_rank",))
       1024
+      >>> default_chunk_size(8192, 1024, 151936)
+      512
+      >>> default_chunk_size(8192, 1024, 151936, backend="tpu")
+      2048
     """
-    bound = max(_CHUNK_BYTES, 2 * vocab_size * features)
-    tokens = max(bound // (4 * vocab_size), 1)
+    if backend == "cpu":
+        tokens = features // 2
+    else:
+        tokens = _FEW_CHUNK if num_tokens < _FEW_TOKENS else _CHUNK
+    tokens = max(tokens, _LOGIT_BYTES // (4 * vocab_size), 1)
     if "expected_rank" in fields:
-        tokens = min(tokens, bound // 2 // RANK_BYTES)
+        bins = max(_LOGIT_BYTES // 2, vocab_size * features)
+        tokens = min(tokens, bins // RANK_BYTES)
     return max(1, min(num_tokens, 2 ** int(math.log2(tokens))))
 
 
@@ -77,13 +98,17 @@ class Plan:
 
     Attributes:
       projection: How hidden states become logits.
-      chunk_sizes: Tokens in a chunk of the main loop, and of the loop over the remainder.
+      num_tokens: Positions in the batch, supervised or not.
+      features: Width D of the hidden states.
+      chunk_size: Tokens in a chunk of the main loop; None chooses by the backend.
       weighting: The method.
       fields: Optional statistics to compute.
     """
 
     projection: Projection
-    chunk_sizes: tuple[int, ...]
+    num_tokens: int
+    features: int
+    chunk_size: int | None
     weighting: Weighting
     fields: frozenset[str]
 
@@ -96,13 +121,35 @@ class Plan:
         axis = options.vocab_axis
         all_rows = rows if axis is None else rows * lax.axis_size(axis)
         check_vocab_size(options.vocab_size, all_rows)
-        chunk_size = options.chunk_size
-        if chunk_size is None:
-            chunk_size = default_chunk_size(num_tokens, features, rows, fields=fields)
-        chunk = min(chunk_size, num_tokens) or 1
         return cls(
             Projection(rows, options.vocab_size or all_rows, options.logit_cap, axis),
-            (chunk, chunk // 4) if chunk >= 64 else (chunk,),
+            num_tokens,
+            features,
+            options.chunk_size,
             options.weighting,
             frozenset(fields),
         )
+
+    def on(self, backend: str) -> Plan:
+        """The plan for a backend of XLA: "cpu", "tpu" or "gpu"."""
+        projection = dataclasses.replace(self.projection, backend=backend)
+        return dataclasses.replace(self, projection=projection)
+
+    @property
+    def chunk_sizes(self) -> tuple[int, ...]:
+        """Tokens in a chunk of the main loop, and of the loop over the remainder."""
+        chunk_size = self.chunk_size or default_chunk_size(
+            self.num_tokens,
+            self.features,
+            self.projection.rows,
+            fields=self.fields,
+            backend=self.projection.backend,
+        )
+        chunk = min(chunk_size, self.num_tokens) or 1
+        return (chunk, chunk // 4) if chunk >= 64 else (chunk,)
+
+    @property
+    def slots(self) -> int:
+        """Tokens of as many whole chunks as there may be, and of one more, on any backend."""
+        chunks = {self.on(backend).chunk_sizes[0] for backend in BACKENDS}
+        return max(math.ceil(self.num_tokens / chunk + 1) * chunk for chunk in chunks)

@@ -36,19 +36,19 @@ class Projection:
       vocab_size: Real vocabulary entries over all devices.
       logit_cap: Soft cap c: logits are c·tanh(z/c); None for none.
       vocab_axis: shard_map axis over which the vocabulary is split; None: not split.
-      for_cpu: Whether the code is for XLA's CPU backend.
+      backend: The backend of XLA that the code is for: "cpu", "tpu" or "gpu".
     """
 
     rows: int
     vocab_size: int
     logit_cap: float | None = None
     vocab_axis: str | None = None
-    for_cpu: bool = False
+    backend: str = "gpu"
 
     @property
     def tile(self) -> int:
         """Columns of a tile."""
-        if not self.for_cpu or self.rows <= _CPU_TILE:
+        if self.backend != "cpu" or self.rows <= _CPU_TILE:
             return self.rows
         share = math.ceil(self.rows / round(self.rows / _CPU_TILE))
         return min(self.rows, math.ceil(share / _CPU_LANES) * _CPU_LANES)

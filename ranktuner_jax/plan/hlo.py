@@ -228,6 +228,17 @@ class Program:
         """FLOPs of all matrix products that XLA itself computes (kernels are opaque)."""
         return round(sum(times * _flops(c, one) for c, one, times in self.located()))
 
+    @property
+    def cycles(self) -> int:
+        """Clock cycles of a run by XLA's own estimate, which programs for TPUs carry."""
+        return round(
+            sum(
+                times * int(match[1])
+                for _, one, times in self.located()
+                if (match := re.search(r'"estimated_cycles":"(\d+)"', one.attributes))
+            )
+        )
+
     @functools.cached_property
     def fused(self) -> frozenset[str]:
         """The computations whose intermediate results never reach memory."""

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -82,19 +82,32 @@ class CompiledStep:
 
     def program(self) -> Program:
         """The program, in which every position is supervised."""
-        # The loss runs over as many chunks as supervised tokens fill, and then over the rest.
-        chunks = [int(n) for n in set(re.findall(r"chunks_of_(\d+)", self.text))]
-        left = self.sizes.micro_tokens
-        trips = {}
-        for size in sorted(chunks, reverse=True):
-            trips[size] = left // size if size > min(chunks) else math.ceil(left / size)
-            left -= trips[size] * size
+        return Program(self.text, chunk_trips(self.text, self.sizes.micro_tokens))
 
-        def dynamic(path: str) -> float:
-            match = re.search(r"chunks_of_(\d+)", path)
-            return trips[int(match[1])] if match else 1.0
 
-        return Program(self.text, dynamic)
+def chunk_trips(text: str, tokens: int) -> Callable[[str], float]:
+    """How often the loops of the loss run, which is for the mask to say.
+
+    Args:
+      text: A program with a fused loss.
+      tokens: Supervised positions of one call of the loss.
+
+    Returns:
+      The number of iterations from the path of a loop, as `Program` takes it.
+    """
+    # The loss runs over as many chunks as supervised tokens fill, and then over the rest.
+    chunks = [int(n) for n in set(re.findall(r"chunks_of_(\d+)", text))]
+    left = tokens
+    trips = {}
+    for size in sorted(chunks, reverse=True):
+        trips[size] = left // size if size > min(chunks) else math.ceil(left / size)
+        left -= trips[size] * size
+
+    def dynamic(path: str) -> float:
+        match = re.search(r"chunks_of_(\d+)", path)
+        return trips[int(match[1])] if match else 1.0
+
+    return dynamic
 
 
 def read_model(config: TrainConfig) -> models.DecoderConfig:

@@ -352,6 +352,12 @@ def test_a_large_vocabulary_has_the_same_chunks_with_and_without_bins(
     assert losses.default_chunk_size(16384, features, vocab, fields=("expected_rank",)) == size
 
 
+@pytest.mark.parametrize("tokens", [8192, 10000, 65536])
+def test_chunks_of_accelerators_take_little_of_many_tokens(tokens: int) -> None:
+    for backend in ("tpu", "gpu"):
+        assert losses.default_chunk_size(tokens, 1024, 151936, backend=backend) <= tokens / 4
+
+
 def small_model(params: Params, inputs: Array) -> Array:
     return jnp.tanh(inputs @ params["w"])
 
@@ -391,10 +397,11 @@ def test_gradients_of_a_model_under_checkpoint_scan_and_vmap() -> None:
     assert_same_gradients(jax.tree.map(lambda g: g.sum(0), each), expected)
 
 
-@pytest.fixture
-def accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs the form for GPUs and TPUs (one tile, shared sums), which CPUs never use."""
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *xs, cpu, default: default(*xs))
+@pytest.fixture(params=["tpu", "gpu"])
+def accelerator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs the form for GPUs or TPUs (one tile, shared sums), which CPUs never use."""
+    name = "tpu" if request.param == "tpu" else "default"
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *xs, **forms: forms[name](*xs))
 
 
 @pytest.mark.usefixtures("accelerator")
@@ -415,6 +422,14 @@ def test_the_form_for_accelerators_matches_dense(method: Method) -> None:
 
 def _without_histogram(output: losses.LossOutput) -> dict[str, Array]:
     return {k: v for k, v in output.metrics.items() if k != "weight_histogram"}
+
+
+@pytest.mark.usefixtures("accelerator")
+@pytest.mark.parametrize("chunk_size", [7, 64, 67, None])
+def test_the_form_for_accelerators_in_bf16_with_any_chunk_size(chunk_size: int | None) -> None:
+    hidden = jnp.asarray(LONG.hidden, jnp.bfloat16)
+    problem = Problem(hidden, LONG.unembed, LONG.labels, LONG.mask)
+    assert_fused_is_dense(problem, BF16_GRADIENT, chunk_size=chunk_size)
 
 
 @pytest.mark.usefixtures("accelerator")

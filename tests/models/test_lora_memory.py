@@ -54,7 +54,8 @@ def expected_gb(config: models.DecoderConfig, lora: models.Lora, base: str) -> d
     sizes = {name: math.prod(axes.values()) for name, axes in partition.param_axes(config).items()}
     matrices = sum(sizes[name] for name in partition.PROJECTIONS)
     adapters = sum(map(math.prod, models.adapter_shapes(config, lora).values()))
-    chunk = losses.default_chunk_size(_LENGTH, config.hidden_size, config.padded_vocab_size)
+    shape = _LENGTH, config.hidden_size, config.padded_vocab_size
+    chunk = losses.default_chunk_size(*shape, backend="gpu")
     # A layer's products in float32 and bfloat16, forward and backward, and matrices in bfloat16.
     wide = config.intermediate_size
     layer = _LENGTH * wide * (2 * 4 + 4 * 2) + 2 * 2 * wide * config.hidden_size

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ranktuner_jax.evals.choosing import Rule, choose
+from ranktuner_jax.evals.memory import release_memory
 from ranktuner_jax.models import Cache, Decoder, Quantized, partition
 
 if TYPE_CHECKING:
@@ -253,7 +254,9 @@ def move(rows: Rows, by: int, *, length: int, mesh: Mesh | None) -> Rows:
 
     def moved(x: Array, axis: int) -> Array:
         result = _move(x, np.int32(by), axis=axis, length=length, mesh=mesh)
+        jax.block_until_ready(result)
         x.delete()
+        release_memory()
         return result
 
     old = rows.cache

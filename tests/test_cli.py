@@ -146,10 +146,7 @@ for argv in json.loads(sys.argv[1]):
 
 
 # Packages that take long to import, and that only a run which is not refused needs.
-HEAVY = {
-    *("altair", "grain", "orbax", "reasoning_gym", "tensorflow_datasets"),
-    *("transformers", "vl_convert"),
-}
+HEAVY = {"altair", "grain", "orbax", "reasoning_gym", "tensorflow_datasets", "transformers"}
 OWN = ["train", "--workdir=x", "--config=own_data"]
 REFUSED_EARLY = [
     ["train"],
@@ -173,10 +170,15 @@ REFUSED_EARLY = [
     ["data", "inspect", "--config.data.source=none.jsonl"],
     ["data", "prepare", "--config.data.source=none.jsonl"],
     ["export", "--workdir=none", "--output=y"],
+    ["noise", "--output=y", "--config=nothing"],
+    ["compare", "--output=y", "--methods=sft,rank"],
 ]
 SHOWN_EARLY = [
     [*name.split(), "--help"]
-    for name in ("train", "eval", "audit", "export", "data prepare", "data inspect", "plan")
+    for name in (
+        *("train", "eval", "audit", "noise", "compare", "export", "data prepare"),
+        *("data inspect", "plan"),
+    )
 ]
 
 

@@ -30,7 +30,6 @@ import rich.console
 
 from ranktuner_jax.compare.comparison import Comparison
 from ranktuner_jax.compare.measure import OWN, Measurements
-from ranktuner_jax.compare.page import write_compare_report
 from ranktuner_jax.compare.progress import run_progress
 from ranktuner_jax.compare.search import default_rates
 from ranktuner_jax.compare.tables import show
@@ -147,6 +146,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"the runs of part {args.part} are done; part 0 writes the result")
         return 0
     show(comparison.write_results(args.baseline), rich.console.Console(file=sys.stdout))
+    # Altair takes a second to import, which a comparison that is refused should not wait for.
+    from ranktuner_jax.compare.page import write_compare_report
+
     print(f"report: {write_compare_report(args.output)}")
     return 0
 

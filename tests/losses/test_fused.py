@@ -397,13 +397,6 @@ def test_gradients_of_a_model_under_checkpoint_scan_and_vmap() -> None:
     assert_same_gradients(jax.tree.map(lambda g: g.sum(0), each), expected)
 
 
-@pytest.fixture(params=["tpu", "gpu"])
-def accelerator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs the form for GPUs or TPUs (one tile, shared sums), which CPUs never use."""
-    name = "tpu" if request.param == "tpu" else "default"
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *xs, **forms: forms[name](*xs))
-
-
 @pytest.mark.usefixtures("accelerator")
 @pytest.mark.parametrize("method", CLASSES, ids=method_id)
 def test_the_form_for_accelerators_matches_dense(method: Method) -> None:

@@ -114,6 +114,11 @@ def test_meshes_give_the_numbers_of_one_device(shape: tuple[int, ...], spec: P) 
     check(shape, spec, losses.RankTuner())
 
 
+@pytest.mark.usefixtures("accelerator")
+def test_the_form_for_accelerators_over_batch_fsdp_and_vocabulary() -> None:
+    check((2, 2, 2), P("tensor", "fsdp"), losses.RankTuner())
+
+
 @pytest.mark.parametrize("method", CLASSES[1:], ids=method_id)
 def test_every_method_over_batch_fsdp_and_vocabulary(method: Method) -> None:
     check((2, 2, 2), P("tensor", "fsdp"), make_weighting(method))

@@ -1,7 +1,6 @@
 """Table 1 of the paper: how much noise is among the tokens that a score puts in its top 10 %."""
 
 from ranktuner_jax.diagnostics.noise.inject import KINDS, Polluted, pollute
-from ranktuner_jax.diagnostics.noise.page import write_noise_report
 from ranktuner_jax.diagnostics.noise.result import PAPER, Result, Table, compare, title
 from ranktuner_jax.diagnostics.noise.run import Plan, run_noise
 from ranktuner_jax.diagnostics.noise.sequences import Sequences, read_sequences, score_sequences
@@ -25,5 +24,4 @@ __all__ = [
     "run_noise",
     "score_sequences",
     "title",
-    "write_noise_report",
 ]

@@ -119,7 +119,10 @@ def run(args: argparse.Namespace) -> int:
                 print("stopped: run the same command to go on", file=sys.stderr)
             return PREEMPTED
     if first:
-        page = noise.write_noise_report(args.output)
+        # Altair takes a second to import, which what is refused should not wait for.
+        from ranktuner_jax.diagnostics.noise.page import write_noise_report
+
+        page = write_noise_report(args.output)
         _show(result)
         print(f"written: {page}")
     return 0

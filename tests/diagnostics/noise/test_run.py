@@ -24,8 +24,8 @@ from ranktuner_jax.diagnostics.noise import (
     compare,
     pollute,
     score_sequences,
-    write_noise_report,
 )
+from ranktuner_jax.diagnostics.noise.page import write_noise_report
 from ranktuner_jax.diagnostics.noise.table import Measure
 from ranktuner_jax.errors import UserError
 from tests.train import processes

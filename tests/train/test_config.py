@@ -35,15 +35,23 @@ def test_overrides_of_every_type_are_read() -> None:
             "--config.optimizer.learning_rate=1e-5",
             "--config.train.steps",
             "7",
-            "--config.train.epochs=0.5",
             "--config.loss.options.clip=3",
             "--config.model=some/where",
         ],
     )
     assert config.optimizer.learning_rate == 1e-5
-    assert (config.train.steps, config.train.epochs) == (7, 0.5)
+    assert config.train.steps == 7
     assert config.loss.make_weighting().clip == 3.0
     assert config.model == "some/where"
+
+
+def test_steps_as_an_argument_take_the_place_of_the_files_epochs() -> None:
+    assert load_config("gsm8k").train.epochs == 3.0
+    train = load_config("gsm8k", ["--config.train.steps=7"]).train
+    assert (train.steps, train.epochs) == (7, None)
+    assert load_config("gsm8k", ["--config.train.epochs=0.5"]).train.epochs == 0.5
+    with pytest.raises(UserError, match="expected one of them, got both"):
+        load_config("gsm8k", ["--config.train.steps=7", "--config.train.epochs=0.5"])
 
 
 def test_choosing_another_weighting_replaces_the_options() -> None:

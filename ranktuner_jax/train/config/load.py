@@ -45,7 +45,8 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> TrainConfig:
     A config file defines `get_config() -> ml_collections.ConfigDict`, which sets only the keys that
     differ from the defaults. A user's file may also register weightings, optimizers and tasks, such
     as `losses.WEIGHTINGS["mine"] = Mine`; the folder of a run keeps a copy of it. Overriding
-    `loss.weighting` resets `loss.options` to those of the new weighting.
+    `loss.weighting` resets `loss.options` to those of the new weighting, and `train.steps` takes
+    the place of a file's `train.epochs`.
 
     Args:
       name: A name in the package `ranktuner_jax.configs`, or a path that ends in ".py"; "" for the
@@ -172,6 +173,12 @@ def _apply_overrides(
         method = given.get(f"{group}.{key}", config[group][key])
         if method != config[group][key]:
             _complete_options(config, group, method)
+    if "train.steps" in given:
+        if "train.epochs" in given:
+            raise UserError(
+                "--config.train.steps and --config.train.epochs: expected one of them, got both"
+            )
+        config.train.epochs = None
     keys = [key for key, _ in flatten(config)]
     for key in given:
         if key not in keys:

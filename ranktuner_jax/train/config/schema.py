@@ -137,7 +137,8 @@ class StepConfig:
 
     Attributes:
       steps: Optimizer steps.
-      epochs: Passes over the data; if set, it replaces `steps`.
+      epochs: Passes over the data; if set, it replaces `steps`, unless these are given as an
+        argument.
       batch_size: Rows per step, over all devices and micro-batches.
       accumulation: Micro-batches per step; more of them need less memory.
       log_every: Steps between logged metrics.

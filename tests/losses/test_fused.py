@@ -1,6 +1,7 @@
 """The fused loss against the dense one."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ranktuner_jax import losses
+from ranktuner_jax.losses.plan import BACKENDS, Plan
+from ranktuner_jax.losses.projection import Projection
 from tests import oracles
 from tests.losses.problems import (
     CLASSES,
@@ -356,6 +359,17 @@ def test_a_large_vocabulary_has_the_same_chunks_with_and_without_bins(
 def test_chunks_of_accelerators_take_little_of_many_tokens(tokens: int) -> None:
     for backend in ("tpu", "gpu"):
         assert losses.default_chunk_size(tokens, 1024, 151936, backend=backend) <= tokens / 4
+
+
+def test_there_are_slots_for_the_chunks_of_every_backend() -> None:
+    tokens, vocab = 1100, 2**20
+    plan = Plan(Projection(vocab, vocab), tokens, 4, None, losses.SFT(), frozenset())
+    ends = set()
+    for backend in BACKENDS:
+        main, rest = plan.on(backend).chunk_sizes
+        ends.add(tokens // main * main + math.ceil(tokens % main / rest) * rest)
+    assert len(ends) > 1
+    assert max(ends) <= plan.slots
 
 
 def small_model(params: Params, inputs: Array) -> Array:

@@ -275,7 +275,13 @@ def _compiled_records(
         text, memory = compiled.as_text(), compiled.memory_analysis()
         assert text is not None
         assert memory is not None
-        return Program(text, chunk_trips(text, size)).cycles, memory.temp_size_in_bytes
+        cycles = Program(text, chunk_trips(text, size)).cycles
+        if not cycles:
+            raise UserError(
+                "--compile-for: expected a program in which XLA notes clock cycles, as with the "
+                f"libtpu of jax {jax.__version__} (pip install 'jax[tpu]'), got one without"
+            )
+        return cycles, memory.temp_size_in_bytes
 
     for shape in shapes:
         title = f"{setting(shape, 'bfloat16')}, compiled, XLA's estimate"

@@ -254,7 +254,7 @@ def move(rows: Rows, by: int, *, length: int, mesh: Mesh | None) -> Rows:
 
     def moved(x: Array, axis: int) -> Array:
         result = _move(x, np.int32(by), axis=axis, length=length, mesh=mesh)
-        jax.block_until_ready(result)
+        jax.block_until_ready(result)  # Until then the old array is in use.
         x.delete()
         release_memory()
         return result

@@ -101,12 +101,7 @@ def chunk_stats(
     moments = (_moments_apart if apart else _moments)(logits, peak, label_logit)
     mass = None
     if projection.backend == "tpu" and gradient_dtype is not None:
-        # Read by both products of the gradient, at half the bytes of the logits and with no
-        # exponential. The barrier has it computed in the one pass that computes the moments.
-        (tile,) = logits
-        mass = jnp.exp(tile - peak[:, None]).astype(gradient_dtype)
-        moments, mass = lax.optimization_barrier((moments, mass))
-        mass = mass[None]
+        moments, mass = _with_mass(moments, logits, peak, gradient_dtype)
     normalizer, weighted, at_least = projection.psum(moments)
     log_normalizer = jnp.log(normalizer)
     nll = log_normalizer - (label_logit - peak)
@@ -230,6 +225,23 @@ def _moments_apart(
             logits.shape[0] * logits.shape[2] + 2 * _sum_columns(below),
         ]
     )
+
+
+def _with_mass(
+    moments: Float[Array, "3 C"],
+    logits: Float[Array, "1 C V"],
+    peak: Float[Array, "C"],
+    dtype: jnp.dtype,
+) -> tuple[Float[Array, "3 C"], Float[Array, "1 C V"]]:
+    """The moments and exp(z − peak), for XLA's TPU backend.
+
+    Both products of the gradient read it, with no exponential of their own and at half the
+    bytes of the logits. The barrier has it computed in the one pass that sums the moments.
+    """
+    (tile,) = logits
+    mass = jnp.exp(tile - peak[:, None]).astype(dtype)
+    moments, mass = lax.optimization_barrier((moments, mass))
+    return moments, mass[None]
 
 
 def _finite(shifted: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from jax.sharding import Mesh
 
-from ranktuner_jax.plan.hlo import Computation, Instruction, Program
+from ranktuner_jax.plan.hlo import Program
+from ranktuner_jax.plan.instructions import Computation, Instruction
 
 __all__ = ["Collective", "collectives", "total_gb"]
 

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import re
 from collections.abc import Callable, Iterator
 
-__all__ = ["Array", "Computation", "Instruction", "Program"]
+from ranktuner_jax.plan.flops import product_flops
+from ranktuner_jax.plan.frames import Frames
+from ranktuner_jax.plan.instructions import Computation, Instruction, read_instruction
 
-_BITS = {"pred": 8, "token": 0, "opaque": 0}
-_ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=\s]*)\](\{[^}]*\})?")
-_NAME = re.compile(r"%([\w.\-]+)")
+__all__ = ["Program"]
+
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
-_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
-_OPCODE = re.compile(r"([a-z][\w\-]*)\(")
 # Nothing is computed or moved by these.
 _FREE = frozenset(
     (
@@ -27,113 +25,6 @@ _FREE = frozenset(
         *("while", "conditional", "call", "partition-id", "replica-id", "optimization-barrier"),
     )
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Array:
-    """The type of an array.
-
-    Attributes:
-      dtype: As XLA names it, such as "bf16".
-      shape: Its sizes, on one device.
-      in_hbm: Whether it lies in the device's main memory, not in a memory on the chip.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    in_hbm: bool = True
-
-    @property
-    def size(self) -> int:
-        """The number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def num_bytes(self) -> int:
-        """Its size without the padding of its layout."""
-        match = re.search(r"\d+", self.dtype)
-        return self.size * _BITS.get(self.dtype, int(match[0]) if match else 0) // 8
-
-    def __str__(self) -> str:
-        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    """One operation of a computation.
-
-    Attributes:
-      name: Unique in the program.
-      opcode: Such as "dot", "fusion" or "all-gather".
-      arrays: What it returns, all leaves of a tuple.
-      operands: Names of other instructions of its computation.
-      attributes: The rest of its text.
-      is_root: Whether it is what the computation returns.
-    """
-
-    name: str
-    opcode: str
-    arrays: tuple[Array, ...]
-    operands: tuple[str, ...]
-    attributes: str
-    is_root: bool
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes that it returns in main memory."""
-        return sum(array.num_bytes for array in self.arrays if array.in_hbm)
-
-    @property
-    def op_name(self) -> str:
-        """The path of the JAX primitive that it comes from."""
-        match = re.search(r'op_name="([^"]*)"', self.attributes)
-        return match[1] if match else ""
-
-    @functools.cached_property
-    def called(self) -> tuple[str, ...]:
-        """The computations that it runs, each once per run of its own (a loop: per iteration)."""
-        names = re.findall(
-            r"(?:calls|body|to_apply|true_computation|false_computation)=%?([\w.\-]+)",
-            self.attributes,
-        )
-        for group in re.findall(
-            r"(?:branch_computations|called_computations)=\{([^}]*)\}", self.attributes
-        ):
-            names += [name.strip().lstrip("%") for name in group.split(",")]
-        return tuple(names)
-
-    @property
-    def condition(self) -> str | None:
-        """The condition of a loop."""
-        match = re.search(r"condition=%?([\w.\-]+)", self.attributes)
-        return match[1] if match else None
-
-
-@dataclasses.dataclass(frozen=True)
-class Computation:
-    """Instructions by name, in the order of the text."""
-
-    name: str
-    instructions: dict[str, Instruction]
-
-    @property
-    def root(self) -> Instruction:
-        """What the computation returns."""
-        return next(one for one in self.instructions.values() if one.is_root)
-
-    def inputs(self, instruction: Instruction) -> list[Instruction]:
-        """The instructions whose results it takes."""
-        return [self.instructions[n] for n in instruction.operands if n in self.instructions]
-
-    @functools.cached_property
-    def users(self) -> dict[str, list[Instruction]]:
-        """Of each instruction those that take its result."""
-        users: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
-        for one in self.instructions.values():
-            for name in one.operands:
-                if name in users:
-                    users[name].append(one)
-        return users
 
 
 class Program:
@@ -155,7 +46,7 @@ class Program:
     def __init__(self, text: str, dynamic_trips: Callable[[str], float] = lambda _: 1.0) -> None:
         self._dynamic_trips = dynamic_trips
         self.computations: dict[str, Computation] = {}
-        self._frames = _Frames(text)
+        self._frames = Frames(text)
         entry = ""
         current: dict[str, Instruction] | None = None
         for line in text.splitlines():
@@ -166,7 +57,7 @@ class Program:
                     entry = header[2] if header[1] else entry
             elif line == "}":
                 current = None
-            elif instruction := _parse(line):
+            elif instruction := read_instruction(line):
                 current[instruction.name] = last = instruction
             elif "metadata={" in line:  # The end of a kernel whose own text takes several lines.
                 attributes = last.attributes + line
@@ -226,7 +117,7 @@ class Program:
     @property
     def flops(self) -> int:
         """FLOPs of all matrix products that XLA itself computes (kernels are opaque)."""
-        return round(sum(times * _flops(c, one) for c, one, times in self.located()))
+        return round(sum(times * product_flops(c, one) for c, one, times in self.located()))
 
     @property
     def cycles(self) -> int:
@@ -267,7 +158,7 @@ class Program:
 
     def _flops_inside(self, computation: Computation, one: Instruction) -> float:
         if one.opcode != "fusion":
-            return _flops(computation, one)
+            return product_flops(computation, one)
         return sum(
             self._flops_inside(self.computations[name], inner)
             for name in self._called(one)
@@ -347,109 +238,3 @@ def _through(computation: Computation, one: Instruction) -> Instruction:
     while one.opcode in ("bitcast", "copy", "convert", "reshape") and computation.inputs(one):
         one = computation.inputs(one)[0]
     return one
-
-
-def _parse(line: str) -> Instruction | None:
-    match = _INSTRUCTION.match(line)
-    if not match:
-        return None
-    rest = match[3]
-    end = _closing(rest, 0) if rest.startswith("(") else rest.index(" ")
-    types, rest = rest[: end + 1], rest[end + 1 :].lstrip()
-    opcode = _OPCODE.match(rest)
-    if not opcode:
-        return None
-    end = _closing(rest, opcode.end() - 1)
-    inside = rest[opcode.end() : end]
-    arrays = tuple(
-        Array(dtype, tuple(int(n.lstrip("<=")) for n in dims.split(",") if n.strip()), _in_hbm(lay))
-        for dtype, dims, lay in _ARRAY.findall(types)
-    )
-    # A constant's value stands where operands do.
-    attributes = rest[opcode.end() :] if opcode[1] in ("constant", "parameter") else rest[end + 1 :]
-    return Instruction(
-        match[2], opcode[1], arrays, tuple(_NAME.findall(inside)), attributes, bool(match[1])
-    )
-
-
-def _in_hbm(layout: str) -> bool:
-    return re.search(r"S\([1-9]", layout) is None
-
-
-def _closing(text: str, start: int) -> int:
-    depth = 0
-    for index in range(start, len(text)):
-        depth += {"(": 1, ")": -1}.get(text[index], 0)
-        if not depth:
-            return index
-    raise ValueError(f"no closing parenthesis in {text[:80]!r}")
-
-
-def _flops(computation: Computation, one: Instruction) -> float:
-    """FLOPs of a matrix product; TPUs have convolutions in their place."""
-    if one.opcode == "dot":
-        lhs = computation.inputs(one)[0].arrays[0]
-        match = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.attributes)
-        axes = [int(axis) for axis in match[1].split(",") if axis] if match else []
-        return 2.0 * one.arrays[0].size * math.prod(lhs.shape[axis] for axis in axes)
-    if one.opcode == "convolution":
-        return _convolution_flops(computation, one)
-    return 0.0
-
-
-def _convolution_flops(computation: Computation, one: Instruction) -> float:
-    """FLOPs of a convolution, of which most are matrix products in another form."""
-    lhs, rhs = (operand.arrays[0].shape for operand in computation.inputs(one)[:2])
-    match = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.attributes)
-    window = re.search(r"window=\{([^}]*)\}", one.attributes)
-    assert match is not None
-    fields = dict(field.split("=") for field in window[1].split()) if window else {}
-    out = one.arrays[0].shape
-    size = 1.0
-    for label, length in zip(match[3], out, strict=True):
-        if not label.isdigit():
-            size *= length
-            continue
-        # A batch axis is a window that meets each entry once: only real entries are multiplied.
-        axis, entries, places = int(label), lhs[match[1].index(label)], rhs[match[2].index(label)]
-        along = {name: value.split("x")[axis] for name, value in fields.items()}
-        size *= _overlaps(length, entries, places, along)
-    return 2.0 * size * rhs[match[2].index("i")]
-
-
-def _overlaps(out: int, lhs: int, rhs: int, fields: dict[str, str]) -> int:
-    """Pairs of an output and a place of the window that meet an entry and not padding."""
-    stride, dilation = int(fields.get("stride", 1)), int(fields.get("lhs_dilate", 1))
-    spread, low = int(fields.get("rhs_dilate", 1)), int(fields.get("pad", "0_0").split("_")[0])
-    places = (o * stride + k * spread - low for o in range(out) for k in range(rhs))
-    return sum(place % dilation == 0 and 0 <= place // dilation < lhs for place in places)
-
-
-class _Frames:
-    """The tables at the head of a program that lead from an instruction to a line of Python."""
-
-    def __init__(self, text: str) -> None:
-        self._names = _table(text, "FileNames", r'(\d+) "(.*)"')
-        self._functions = _table(text, "FunctionNames", r'(\d+) "(.*)"')
-        self._locations = _table(text, "FileLocations", r"(\d+) \{(.*)\}")
-        self._frames = _table(text, "StackFrames", r"(\d+) \{(.*)\}")
-
-    def source(self, attributes: str) -> str:
-        match = re.search(r"stack_frame_id=(\d+)", attributes)
-        frame = match[1] if match else ""
-        while frame in self._frames:
-            fields = dict(re.findall(r"(\w+)=(\d+)", self._frames[frame]))
-            location = dict(re.findall(r"(\w+)=(\d+)", self._locations[fields["file_location_id"]]))
-            file = self._names.get(location["file_name_id"], "")
-            if "/site-packages/" not in file:
-                return f"{file.rpartition('/ranktuner_jax/')[2]}:{location['line']}"
-            parent = fields.get("parent_frame_id", "")
-            if parent == frame:
-                break
-            frame = parent
-        return ""
-
-
-def _table(text: str, title: str, row: str) -> dict[str, str]:
-    match = re.search(rf"^{title}\n((?:.+\n)*)", text, re.MULTILINE)
-    return dict(re.findall(row, match[1])) if match else {}

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from ranktuner_jax.plan.chips import Chip
-from ranktuner_jax.plan.hlo import Array, Program
+from ranktuner_jax.plan.hlo import Program
+from ranktuner_jax.plan.instructions import Array
 from ranktuner_jax.plan.program import CompiledStep
 
 __all__ = ["HEADROOM", "available_gb", "memory_gb", "shard_bytes"]

@@ -10,6 +10,7 @@ import pytest
 
 from ranktuner_jax import cli
 from ranktuner_jax.bench import loss
+from ranktuner_jax.errors import UserError
 
 
 def test_every_loss_has_a_row_with_its_ratio_to_the_floor(
@@ -33,6 +34,11 @@ def test_an_invalid_shape_is_a_user_error(capsys: pytest.CaptureFixture[str]) ->
 def test_an_unknown_topology_is_a_user_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "loss", "--compile-for", "abacus:1x1"]) == 2
     assert "--compile-for" in capsys.readouterr().err
+
+
+def test_a_program_without_clock_cycles_is_a_user_error() -> None:
+    with pytest.raises(UserError, match="--compile-for: expected a program in which XLA notes"):
+        list(loss._compiled_records(jax.devices()[0], [(64, 8, 300)], None))
 
 
 def test_the_fused_loss_keeps_gemmas_vocabulary_out_of_memory() -> None:

@@ -171,6 +171,14 @@ def test_a_tpu_s_product_with_a_batch_axis_counts_real_entries() -> None:
     assert Program(TPU).flops == 6 * 2 * 64 * 28 * 16 * 2048
 
 
+def test_the_clock_cycles_of_a_loop_count_as_often_as_it_runs() -> None:
+    noted = TPU.replace(
+        "->b0f", '->b0f, backend_config={"window_config":{"estimated_cycles":"30"}}'
+    )
+    assert Program(TPU).cycles == 0
+    assert Program(noted).cycles == 6 * 30
+
+
 def test_a_gather_that_runs_beside_others_counts_once() -> None:
     [gather] = collectives(Program(TPU), mesh_of(1, 8, 1))
     assert (gather.kind, gather.axes, gather.count) == ("all-gather", ("fsdp",), 6)

@@ -176,7 +176,8 @@ def _apply_overrides(
     if "train.steps" in given:
         if "train.epochs" in given:
             raise UserError(
-                "--config.train.steps and --config.train.epochs: expected one of them, got both"
+                "--config.train.steps and --config.train.epochs: expected one of them, got both; "
+                "leave one out"
             )
         config.train.epochs = None
     keys = [key for key, _ in flatten(config)]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ranktuner_jax.data import storage
-from ranktuner_jax.errors import UserError
+from ranktuner_jax.data.generator import import_reasoning_gym
 from ranktuner_jax.files import cache_dir
 
 __all__ = ["BUILTIN", "prepare_builtin"]
@@ -16,13 +16,7 @@ _Splits = dict[str, list[dict[str, Any]]]
 
 
 def _generate(name: str, size: int, **options: Any) -> Any:
-    try:
-        import reasoning_gym
-    except ImportError as error:
-        raise UserError(
-            f"data.source={name}: expected the package reasoning-gym, which generates it, got "
-            f"{error}; run pip install 'ranktuner-jax[eval]'"
-        ) from error
+    reasoning_gym = import_reasoning_gym(f"data.source={name}")
     return reasoning_gym.create_dataset(name, size=size, seed=0, **options)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ranktuner_jax.data import Example
+from ranktuner_jax.data.generator import import_reasoning_gym
 from ranktuner_jax.errors import UserError
 from ranktuner_jax.evals.answers import final_number, final_texts
 from ranktuner_jax.evals.graders import GRADERS, Grader
@@ -29,14 +30,7 @@ _A_NUMBER = re.compile(r"[$€£]?\s*(-?\d[\d,]*(?:\.\d+)?)\s*%?\.?")
 
 def _reasoning_gym(name: str) -> Scorer:
     """Scores the final number with reasoning-gym's own scorer of that data set."""
-    try:
-        import reasoning_gym
-    except ImportError as error:
-        raise UserError(
-            f"eval.task={name}: expected the package reasoning-gym, found none; "
-            'pip install "ranktuner-jax[eval]"'
-        ) from error
-    score = reasoning_gym.get_score_answer_fn(name)
+    score = import_reasoning_gym(f"eval.task={name}").get_score_answer_fn(name)
 
     def scorer(completion: str, record: Mapping[str, Any]) -> bool:
         # Wrong answers may score a little above 0: only a full score is right.

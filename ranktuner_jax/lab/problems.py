@@ -9,6 +9,7 @@ import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 
+from ranktuner_jax.data.generator import import_reasoning_gym
 from ranktuner_jax.errors import UserError
 
 __all__ = [
@@ -150,13 +151,7 @@ def sums(seed: int) -> Iterator[Problem]:
       >>> next(sums(0)).kind
       'sum'
     """
-    try:
-        import reasoning_gym
-    except ImportError as error:
-        raise UserError(
-            "ranktuner lab: expected the package reasoning-gym, found none; "
-            "run pip install 'ranktuner-jax[eval]'"
-        ) from error
+    reasoning_gym = import_reasoning_gym("ranktuner lab")
     size = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1, "size": 2**31}
     sources = [
         reasoning_gym.create_dataset("chain_sum", seed=2 * seed, **size),

@@ -15,7 +15,7 @@ if [[ ${1:-} == --parity ]]; then
   make_venv .venv-parity
   .venv-parity/bin/pip install --quiet "$(grep -oE '^ +torch==[0-9.]+' setup.cfg | tr -d ' ')"
   install_into_venv test,parity .venv-parity
-  exec .venv-parity/bin/python -m pytest -n 2 -m parity "$@"
+  exec .venv-parity/bin/python -m pytest -n 2 -m "parity and not drill" "$@"
 fi
 if [[ ${1:-} == --trainers ]]; then
   shift

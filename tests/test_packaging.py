@@ -66,12 +66,18 @@ def bare_python(pytestconfig: pytest.Config) -> pathlib.Path:
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # Another test process may be building it.
         if not (folder / "ready").exists():
-            subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-            built = subprocess.run(
-                [python, "-m", "pip", "install", "--quiet", f"jax=={jax.__version__}", "numpy"],
-                capture_output=True,
-                text=True,
-            )
+            subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+            wanted = ("--quiet", f"jax=={jax.__version__}", "numpy")
+            for install in (
+                ("uv", "pip", "install", "--python", python),
+                # Slower, with settings that uv does not read.
+                ("pip", "--python", python, "install"),
+            ):
+                built = subprocess.run(
+                    [sys.executable, "-m", *install, *wanted], capture_output=True, text=True
+                )
+                if not built.returncode:
+                    break
             if built.returncode:
                 # Continuous integration has an index; elsewhere the tests need no network.
                 give_up = pytest.fail if os.environ.get("CI") else pytest.skip

@@ -20,8 +20,8 @@ def peak():
 
 def cache(length):
     slots = jnp.zeros((8, length), jnp.int32)
-    keys = [jnp.ones((8, 2, 64, length)) for _ in range(16)]
-    values = [jnp.ones((8, 2, length, 64)) for _ in range(16)]
+    keys = [jnp.ones((8, 2, 64, length)) for _ in range(8)]
+    values = [jnp.ones((8, 2, length, 64)) for _ in range(8)]
     return Cache(tuple(keys), tuple(values), slots, slots, jnp.int32(0))
 
 

@@ -1,7 +1,8 @@
 """One decoder for the models of several families, from and to Hugging Face folders."""
 
+from ranktuner_jax.models.cache import Cache
 from ranktuner_jax.models.config import DecoderConfig
-from ranktuner_jax.models.decoder import REMAT_POLICIES, Cache, Decoder
+from ranktuner_jax.models.decoder import REMAT_POLICIES, Decoder
 from ranktuner_jax.models.families import FAMILIES, turn_ends
 from ranktuner_jax.models.hf import read_config
 from ranktuner_jax.models.lora import (

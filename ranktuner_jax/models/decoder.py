@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import functools
-import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from flax import nnx, struct
-from jax.ad_checkpoint import checkpoint_name
+from flax import nnx
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from ranktuner_jax.models import attention, partition, rope
 from ranktuner_jax.models.attention import TokenPositions
-from ranktuner_jax.models.config import ACTIVATIONS, DecoderConfig
+from ranktuner_jax.models.cache import Cache
+from ranktuner_jax.models.config import DecoderConfig
+from ranktuner_jax.models.layers import Layers, init_param, rms_norm
 from ranktuner_jax.models.linear import linear
 from ranktuner_jax.models.lora import Lora, drop_inputs
-from ranktuner_jax.models.quantized import Quantized, quantized_linear
 
 if TYPE_CHECKING:
     from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
-__all__ = ["REMAT_POLICIES", "Cache", "Decoder"]
+__all__ = ["REMAT_POLICIES", "Decoder"]
 
 _T = TypeVar("_T")
 
@@ -34,35 +32,6 @@ REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
     "dots": jax.checkpoint_policies.save_only_these_names("projection"),
     "full": jax.checkpoint_policies.nothing_saveable,  # the layer's input only
 }
-
-
-class Cache(struct.PyTreeNode):
-    """Keys and values of the tokens seen so far; shapes never change.
-
-    Each layer has arrays of its own, with the axes in the order that attention's products read,
-    so that a step copies none of them.
-
-    Attributes:
-      keys: Of each layer, `[B, K, d, S]`.
-      values: Of each layer, `[B, K, S, d]`.
-      positions: `[B, S]`, the position of the token in each slot.
-      segment_ids: `[B, S]`, its segment; -1 marks a slot that holds nothing yet.
-      index: The slot that the next token goes to, the same for every row.
-    """
-
-    keys: tuple[Float[Array, "B K d S"], ...]
-    values: tuple[Float[Array, "B K S d"], ...]
-    positions: Int[Array, "B S"]
-    segment_ids: Int[Array, "B S"]
-    index: Int[Array, ""]
-
-    def add_positions(self, new: TokenPositions) -> Cache:
-        """The cache with the positions and segments of the next tokens in their slots."""
-        update = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
-        return self.replace(
-            positions=update(self.positions, new.positions, self.index),
-            segment_ids=update(self.segment_ids, new.segment_ids, self.index),
-        )
 
 
 class _Adapter(NamedTuple):
@@ -86,97 +55,6 @@ def _distinct(values: Sequence[_T]) -> tuple[tuple[_T, ...], Array | None]:
     if len(distinct) == 1:
         return distinct, None
     return distinct, jnp.array([distinct.index(value) for value in values], jnp.int32)
-
-
-def _rms_norm(x: Array, param: Array, config: DecoderConfig) -> Array:
-    """The norm over the axes that `param` has, which are the last ones of `x`."""
-    axes = tuple(range(-param.ndim, 0))
-    wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=axes, keepdims=True) + config.norm_eps)
-    scale = param.reshape((1,) * (x.ndim - param.ndim) + param.shape)
-    if config.norm_offset:
-        scale = scale.astype(jnp.float32) + config.norm_offset
-    if config.norm_rounds_last:
-        return (wide * scale.astype(jnp.float32)).astype(x.dtype)
-    return wide.astype(x.dtype) * scale.astype(x.dtype)
-
-
-class Layers(nnx.Module):
-    """The layers' parameters, each `[L, ...]`; called on one layer's slice of them."""
-
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike):
-        self.config = config
-        self.lora: Lora | None = None  # Set by `add_adapters`, which adds the parameters too.
-        for name, axes in partition.param_axes(config).items():
-            if "layers" in axes:
-                setattr(self, name, _init(name, axes, config, rngs, param_dtype))
-
-    def project(
-        self, name: str, x: Float[Array, "B T *inputs"], dropout: PRNGKeyArray | None = None
-    ) -> Float[Array, "B T *outputs"]:
-        """One linear map, in the dtype of `x`, with its adapter and its bias if there are any."""
-        kernel = getattr(self, name).get_value()
-        outputs = kernel.shape[: len(kernel.shape) - x.ndim + 2]
-        flat = x.reshape(*x.shape[:2], -1)
-        if isinstance(kernel, Quantized):
-            y = quantized_linear(flat, kernel, math.prod(outputs))
-        else:
-            y = linear(flat, kernel.reshape(math.prod(outputs), -1))
-        if self.lora is not None and name in self.lora.targets:
-            a, b = (getattr(self, f"{name}_lora_{factor}")[...] for factor in "ab")
-            if dropout is not None:
-                flat = drop_inputs(flat, self.lora.dropout, dropout, name)
-            low = linear(flat, a.reshape(self.lora.rank, -1))
-            y = y + linear(low * self.lora.scale, b.reshape(-1, self.lora.rank))
-        y = y.reshape(*x.shape[:2], *outputs)
-        if (bias := getattr(self, f"{name}_bias", None)) is not None:
-            y = y + bias[...].astype(x.dtype)[None, None]
-        return checkpoint_name(y, "projection")
-
-    def norm(self, name: str, x: Array) -> Array:
-        """Root-mean-square norm, in float32; `x` itself if the layers have none of this name."""
-        param = getattr(self, name, None)
-        return x if param is None else _rms_norm(x, param[...], self.config)
-
-    def heads(
-        self, x: Array, tables: tuple[Array, Array], dropout: PRNGKeyArray | None = None
-    ) -> tuple[Float[Array, "B T H d"], Float[Array, "B T K d"], Float[Array, "B T K d"]]:
-        """Queries, keys and values, rotated."""
-        x = self.norm("attention_norm", x)
-        q, k, v = (self.project(name, x, dropout) for name in "qkv")
-        for norm in ("norm", "joint_norm"):
-            q, k = self.norm(f"q_{norm}", q), self.norm(f"k_{norm}", k)
-        return rope.apply_rotary(q, tables), rope.apply_rotary(k, tables), v
-
-    def add(
-        self,
-        x: Float[Array, "B T D"],
-        mixed: Float[Array, "B T H d"],
-        mesh: Mesh | None,
-        dropout: PRNGKeyArray | None = None,
-    ) -> Float[Array, "B T D"]:
-        """The residual plus attention's output, and plus the gated feed-forward network's."""
-        x = x + self.norm("attention_post_norm", self.project("o", mixed, dropout))
-        y = self.norm("mlp_norm", x)
-        gate, up = (self.project(name, y, dropout) for name in ("gate", "up"))
-        inner = ACTIVATIONS[self.config.activation](gate) * up
-        inner = partition.constrain(inner, mesh, "batch", "time", "mlp")
-        return x + self.norm("mlp_post_norm", self.project("down", inner, dropout))
-
-
-def _init(
-    name: str, axes: dict[str, int], config: DecoderConfig, rngs: nnx.Rngs, dtype: DTypeLike
-) -> nnx.Param:
-    shape = tuple(axes.values())
-    if name.endswith("norm"):
-        return nnx.Param(jnp.full(shape, 1 - config.norm_offset, dtype))
-    if name.endswith("bias"):
-        return nnx.Param(jnp.zeros(shape, dtype))
-    value = config.initializer_range * jax.random.normal(rngs.params(), shape, dtype)
-    if "vocab" in axes:  # Padded rows stay zero: nothing ever reads or trains them.
-        rows = jnp.arange(axes["vocab"])[:, None] < config.vocab_size
-        value = jnp.where(rows, value, jnp.zeros((), dtype))
-    return nnx.Param(value)
 
 
 class Decoder(nnx.Module):
@@ -234,11 +112,11 @@ class Decoder(nnx.Module):
         self.attention = attention
         self.mesh = mesh
         axes = partition.param_axes(config)
-        self.embed = _init("embed", axes["embed"], config, rngs, param_dtype)
+        self.embed = init_param("embed", axes["embed"], config, rngs, param_dtype)
         self.layers = Layers(config, rngs=rngs, param_dtype=param_dtype)
-        self.final_norm = _init("final_norm", axes["final_norm"], config, rngs, param_dtype)
+        self.final_norm = init_param("final_norm", axes["final_norm"], config, rngs, param_dtype)
         if not config.tie_embeddings:
-            self.head = _init("head", axes["head"], config, rngs, param_dtype)
+            self.head = init_param("head", axes["head"], config, rngs, param_dtype)
 
     @property
     def vocab_size(self) -> int:
@@ -422,7 +300,7 @@ class Decoder(nnx.Module):
         return x
 
     def _finish(self, x: Array) -> Array:
-        return _rms_norm(x, self.final_norm[...], self.config)
+        return rms_norm(x, self.final_norm[...], self.config)
 
     def _constrain(self, x: Array) -> Array:
         return partition.constrain(x, self.mesh, "batch", "time", "features")

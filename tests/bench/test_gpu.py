@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from ranktuner_jax import cli
-from ranktuner_jax.bench.gpu import attention, loss_speed, loss_values, sampling, training
+from ranktuner_jax.bench.gpu import attention, loss_speed, loss_values, sampling, step, training
 from ranktuner_jax.bench.gpu.parts import PARTS, Part
 from tests import oracles
 
@@ -126,8 +126,9 @@ def test_small_parts_are_right_and_have_figures() -> None:
         *attention.cases(True),
         *list(loss_speed.cases(True))[3:4],
         *sampling.cases(True),
+        *list(step.cases(True))[:1],
     ]
-    assert len(cases) == 2 + 2 + 1 + 1
+    assert len(cases) == 2 + 2 + 1 + 1 + 1
     for case in cases:
         record = case.run()
         assert not record.failed, record

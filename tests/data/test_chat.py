@@ -82,6 +82,7 @@ def test_each_answer_is_supervised_once_with_its_end_in_the_context_of_inference
         if role == "assistant"
     ]
     assert [context for sample in samples for context in contexts(sample)] == prompts
+    assert ChatEncoder(tokenizer).encode_prompt(messages[:-1]) == prompts[-1]
 
 
 def test_a_conversation_that_the_template_never_rewrites_is_one_sample(
